@@ -1,0 +1,1 @@
+"""Compressed K/V caches for JAX."""
