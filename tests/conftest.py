@@ -1,0 +1,35 @@
+"""Settings of the test session; every test file is written against them.
+
+* No silent promotion: mixing dtypes or ranks in an operation raises.
+* Eight CPU devices, so that sharded code is tested in the same process as the code it must equal. Code that asks for
+  no device runs on the first.
+* Hypothesis draws the same few examples in every run: each shape drawn is a compilation.
+"""
+
+import os
+
+# Under pytest-xdist one worker is one thread of torch and of the tokenizers, else their pools fight for the cores.
+# XLA's own pool is at least as large as the number of devices; its idle threads sleep.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+
+import jax
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 8)
+
+settings.register_profile(
+    "kvjax",
+    derandomize=True,
+    max_examples=10,
+    deadline=None,  # the first example of a shape pays for its compilation
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("kvjax")
