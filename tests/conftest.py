@@ -1,15 +1,15 @@
 """Settings of the test session; every test file is written against them.
 
 * No silent promotion: mixing dtypes or ranks in an operation raises.
-* Eight CPU devices, so that sharded code is tested in the same process as the code it must equal. Code that asks for
-  no device runs on the first.
+* Eight CPU devices, so that sharded code is tested in the same process as the code it must equal. Code that
+  asks for no device runs on the first.
 * Hypothesis draws the same few examples in every run: each shape drawn is a compilation.
 """
 
 import os
 
-# Under pytest-xdist one worker is one thread of torch and of the tokenizers, else their pools fight for the cores.
-# XLA's own pool is at least as large as the number of devices; its idle threads sleep.
+# Under pytest-xdist one worker is one thread of torch and of the tokenizers, else their pools fight for the
+# cores. XLA's own pool is at least as large as the number of devices; its idle threads sleep.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
