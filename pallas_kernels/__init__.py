@@ -1,0 +1,1 @@
+"""Raw arrays in, raw arrays out: packing and kernels. Never imports kvjax."""

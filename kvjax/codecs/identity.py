@@ -1,0 +1,52 @@
+"""K/V as they are, in a 16- or 32-bit float: the reference every method is measured against."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.codecs.base import AbstractCodec, Leaf, Params, keep_tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseBlock:
+    """`x = values`; costs the width of its type.
+
+    Attributes:
+      values: `[..., K, T, H]` in the codec's dtype.
+    """
+
+    values: Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentityCodec(AbstractCodec):
+    """Rounds to `dtype` ("bfloat16", "float16" or "float32") and stores that."""
+
+    dtype: str = "bfloat16"
+
+    @property
+    def token_local(self) -> bool:
+        return True
+
+    def quantize(self, x: jax.Array, params: Params = None) -> DenseBlock:
+        return DenseBlock(x.astype(self.dtype))
+
+    def dequantize(self, block: DenseBlock, params: Params = None) -> jax.Array:
+        return block.values.astype(jnp.float32)
+
+    def pack(self, block: DenseBlock) -> DenseBlock:
+        return block
+
+    def unpack(self, block: DenseBlock) -> DenseBlock:
+        return block
+
+    def bits_per_element(self, tokens: int, kv_heads: int, head_dim: int) -> float:
+        return 8.0 * jnp.dtype(self.dtype).itemsize
+
+    def keep(self, old: DenseBlock, new: DenseBlock, kept: jax.Array) -> DenseBlock:
+        return DenseBlock(keep_tokens(old.values, new.values, kept, axis=-2))
+
+    def describe(self) -> str:
+        return self.dtype

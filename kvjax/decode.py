@@ -1,0 +1,369 @@
+"""The public decode API: a compressed cache for our Llama models, and for anyone's.
+
+    cache = init_cache(model, policy, batch=B, capacity=n)
+    logits, cache = prefill(model, cache, tokens, lengths)
+    logits, cache = step(model, cache, token)
+    tokens, cache = generate(model, cache, tokens, lengths, max_new_tokens=100)
+
+`prefill`, `step`, `score` and `generate` consume the cache they are given (its buffers are donated): keep the one they
+return. Bring your own model with `append`, `attend` and `advance` (`kvjax.byo`), which consume nothing.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax import attention as _attention
+from kvjax import cache as _cache
+from kvjax.attention import explain
+from kvjax.byo import advance, append, attend
+from kvjax.cache import CacheShape, KVCache
+from kvjax.rows import crop, fork
+from kvjax.sampling import Sampler, sample
+
+__all__ = [
+    "CacheShape", "KVCache", "advance", "append", "attend", "bits_per_element", "crop", "explain", "fork",
+    "generate", "init_cache", "nbytes", "prefill", "score", "statistics", "step",
+]  # fmt: skip
+
+
+def init_cache(
+    model: Any, policy: Any, *, batch: int, capacity: int, dtype: Any = None, block: int = 128
+) -> KVCache:
+    """An empty cache for `batch` rows of up to `capacity` tokens each.
+
+    Args:
+      model: a loaded model, or a `CacheShape` for a model of your own.
+      policy: from `kvjax.policy`.
+      batch: rows.
+      capacity: tokens per row, rounded up to whole blocks.
+      dtype: type of recent tokens and sinks; the model's, or float32 for a `CacheShape`.
+      block: tokens per block, a multiple of 32.
+
+    Raises:
+      ValueError: for sizes that make no cache, and for a policy fitted to another shape.
+    """
+    shape = model if isinstance(model, CacheShape) else _shape_of(model)
+    dtype = dtype or (jnp.float32 if model is shape else model.dtype)
+    policy.check(shape)
+    return _cache.init(shape, policy, batch=batch, capacity=capacity, dtype=dtype, block=block)
+
+
+def prefill(
+    model: Any,
+    cache: KVCache,
+    tokens: Any,
+    lengths: Any = None,
+    attention: Literal["exact", "cached"] = "exact",
+) -> tuple[jax.Array, KVCache]:
+    """Reads prompts, or further text behind what the cache holds, and returns each row's next-token logits.
+
+    Args:
+      model: a loaded model.
+      cache: consumed; may hold tokens already (multi-turn).
+      tokens: `[B, S]` integers, right-padded.
+      lengths: `[B]` tokens of each row, 1 to S; None for S.
+      attention: "exact": the tokens of this call see each other's uncompressed K/V and earlier calls through the cache,
+        as in the papers; keeps the call's hidden states and one layer's K/V, and chunks everything else.
+        "cached": every token sees what a decode step at its position would see, so any split of a text gives the same
+        result; its temporaries do not depend on S.
+
+    Returns:
+      logits `[B, V]` float32 of each row's last token, and the cache.
+
+    Raises:
+      ValueError: for an empty or out-of-range prompt, and where it does not fit the cache, which stays usable.
+    """
+    tokens = np.asarray(tokens)
+    tokens, counts = _checked_tokens(cache, tokens, lengths, model.config.vocab)
+    if attention not in ("exact", "cached"):
+        raise ValueError(f'`attention={attention!r}` must be "exact" or "cached".')
+    _cache.check_room(cache, counts)
+    padded = np.zeros((tokens.shape[0], _bucket(tokens.shape[1])), np.int32)
+    padded[:, : tokens.shape[1]] = tokens
+    run = _prefill_exact if attention == "exact" else _prefill_cached
+    return run(model, cache, padded, counts)
+
+
+def step(model: Any, cache: KVCache, token: Any, active: Any = None) -> tuple[jax.Array, KVCache]:
+    """One decode step: `token[B]` in, logits `[B, V]` of the next one out. One trace for any number of steps.
+
+    Args:
+      cache: consumed.
+      active: `[B]` booleans; rows that are False do not take the token. None for all rows.
+
+    Raises:
+      ValueError: where a row is full; the cache stays usable. Under a trace the row is left as it is and counted
+        in `statistics(cache)["overrun"]`.
+    """
+    counts = jnp.ones((cache.batch,), jnp.int32) if active is None else jnp.asarray(active).astype(jnp.int32)
+    _cache.check_room(cache, counts)
+    return _step(model, cache, jnp.asarray(token, jnp.int32), counts)
+
+
+def score(model: Any, cache: KVCache, tokens: Any) -> tuple[jax.Array, KVCache]:
+    """Teacher-forced decoding: `tokens[B, S]` one by one through the real decode step; logits `[B, S, V]`."""
+    tokens, counts = _checked_tokens(cache, np.asarray(tokens), None, model.config.vocab)
+    _cache.check_room(cache, counts)
+    return _score(model, cache, tokens)
+
+
+def generate(
+    model: Any,
+    cache: KVCache,
+    tokens: Any,
+    lengths: Any = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos: tuple[int, ...] | None = None,
+    attention: Literal["exact", "cached"] = "exact",
+    on_token: Any = None,
+) -> tuple[np.ndarray, KVCache]:
+    """Prefills and samples.
+
+    Args:
+      cache: consumed.
+      tokens, lengths, attention: as in `prefill`.
+      max_new_tokens: at least 1; a row ends earlier at an end-of-sequence token.
+      temperature: 0 is greedy; otherwise logits are divided by it.
+      top_k: sample among the k most likely; 0 for all.
+      top_p: sample among the most likely tokens whose probabilities reach p together.
+      seed: the draws of row i depend on the seed and on i, not on the other rows.
+      eos: ids that end a row; None for the model's, () for none.
+      on_token: called with `[B]` int32 after every token (streaming); rows that ended repeat their last token.
+
+    Returns:
+      new tokens `[B, max_new_tokens]` int32, padded with the row's end-of-sequence token, and the cache, which holds
+      everything but the last sampled token.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens={max_new_tokens}` must be at least 1.")
+    sampler = Sampler(temperature, top_k, top_p)
+    eos_ids = jnp.asarray(model.config.eos_ids if eos is None else eos, jnp.int32)
+    tokens, counts = _checked_tokens(cache, np.asarray(tokens), lengths, model.config.vocab)
+    _cache.check_room(cache, counts + (max_new_tokens - 1))
+    logits, cache = prefill(model, cache, tokens, counts, attention)
+    key = jax.random.key(seed)
+    token, done = _first_token(sampler, logits, key, eos_ids)
+    out = [token]
+    if on_token:
+        on_token(np.asarray(token))
+    for i in range(1, max_new_tokens):
+        # Waiting for `done` on every step would keep the device idle between steps; streaming waits anyway.
+        if (on_token or i % 16 == 1) and bool(done.all()):
+            break
+        token, done, cache = _next_token(sampler, model, cache, token, done, key, i, eos_ids)
+        out.append(token)
+        if on_token:
+            on_token(np.asarray(token))
+    new = np.stack([np.asarray(t) for t in out], axis=1)
+    return np.concatenate([new, np.repeat(new[:, -1:], max_new_tokens - new.shape[1], axis=1)], axis=1), cache
+
+
+def bits_per_element(cache: KVCache) -> float:
+    """Bits of sealed storage per K/V element: codes, metadata and outlier slots as allocated (abstract arrays too)."""
+    bits = sum(8 * _bytes((s.k, s.v)) for s in cache.segments)
+    elements = 2 * sum(s.layers * _blocks(s) for s in cache.segments)
+    return bits / (elements * cache.batch * cache.block * cache.shape.kv_heads * cache.shape.head_dim)
+
+
+def nbytes(cache: KVCache) -> int:
+    """Everything the cache allocates: sealed blocks, ring, sinks, tables, counters and spare capacity."""
+    return _bytes(cache)
+
+
+def statistics(cache: KVCache) -> dict[str, int]:
+    """What did not fit: `dropped_outliers` (no slot left in a sealed block) and `overrun` (tokens refused)."""
+    dropped = sum(int(np.asarray(s.dropped).sum()) for s in cache.segments)
+    return {"dropped_outliers": dropped, "overrun": int(np.asarray(cache.overrun).sum())}
+
+
+def _shape_of(model: Any) -> CacheShape:
+    c = model.config
+    return CacheShape(c.layers, c.q_heads, c.kv_heads, c.head_dim, model.rope, c.sliding_window)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _blocks(segment: Any) -> int:
+    return jax.tree.leaves(segment.v)[0].shape[2]
+
+
+def _bucket(tokens: int) -> int:
+    """The padded length: few shapes to compile, at most an eighth wasted beyond 256 tokens."""
+    unit = max(_attention.QUERY_CHUNK, 1 << max(tokens.bit_length() - 3, 0))
+    return 1 << max(tokens - 1, 31).bit_length() if tokens <= unit else -(-tokens // unit) * unit
+
+
+def _checked_tokens(
+    cache: KVCache, tokens: np.ndarray, lengths: Any, vocab: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if tokens.ndim != 2 or tokens.shape[0] != cache.batch:
+        raise ValueError(
+            f"`tokens` of shape {tokens.shape} must be [B, S] with the cache's B={cache.batch} rows."
+        )
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"`tokens` of type {tokens.dtype} must be integers.")
+    counts = np.full(cache.batch, tokens.shape[1]) if lengths is None else np.asarray(lengths)
+    if counts.shape != (cache.batch,):
+        raise ValueError(f"`lengths` of shape {counts.shape} must be [{cache.batch}], one per row.")
+    if tokens.shape[1] < 1 or counts.min() < 1 or counts.max() > tokens.shape[1]:
+        raise ValueError(
+            f"`lengths={counts.tolist()}` must lie between 1 and S={tokens.shape[1]}; "
+            "an empty prompt has no last token to continue."
+        )
+    used = np.where(np.arange(tokens.shape[1])[None, :] < counts[:, None], tokens, 0)
+    if used.min() < 0 or used.max() >= vocab:
+        raise ValueError(
+            f"`tokens` hold the id {used.max() if used.min() >= 0 else used.min()}; valid are 0 to {vocab - 1}."
+        )
+    return used.astype(np.int32), counts.astype(np.int32)
+
+
+def _chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Array) -> tuple[jax.Array, KVCache]:
+    """S tokens per row through all layers, each seeing what a decode step would: hidden states `[B, S, D]`.
+
+    The cache is only read inside the scan over layers; the new keys and values leave it as outputs and are written
+    once, so no loop carries the cache.
+    """
+    module = model.module()
+    x = module.embed(tokens)
+    new_k, new_v = [], []
+    for segment in cache.segments:
+
+        def body(x, layer, segment=segment):
+            absolute = segment.first_layer + layer
+            qs, new = _attention.layer_inputs(cache, segment, *module.qkv(absolute, x), counts)
+            out = _attention.attend_layer(cache, segment, layer, qs, new, "cached")
+            return module.finish(absolute, x, out.astype(x.dtype)), (new.k_stored, new.v)
+
+        x, (k, v) = jax.lax.scan(body, x, jnp.arange(segment.layers, dtype=jnp.int32))
+        new_k.append(k)
+        new_v.append(v)
+    return x, _cache.write(cache, jnp.concatenate(new_k), jnp.concatenate(new_v), counts)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _step(model, cache, token, counts):
+    x, cache = _chunk(model, cache, token[:, None], counts)
+    return model.module().logits(x[:, 0]), cache
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _score(model, cache, tokens):
+    ones = jnp.ones((cache.batch,), jnp.int32)
+
+    def body(cache, token):
+        x, cache = _chunk(model, cache, token[:, None], ones)
+        return cache, model.module().logits(x[:, 0])
+
+    cache, logits = jax.lax.scan(body, cache, tokens.T)
+    return logits.swapaxes(0, 1), cache
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _prefill_cached(model, cache, tokens, counts):
+    """A chunk of tokens at a time through all layers."""
+    batch, width = tokens.shape
+    size = min(cache.block, width)
+    tokens = jnp.pad(tokens, ((0, 0), (0, -width % size)))
+
+    def body(chunk, carry):
+        cache, last = carry
+        here = jnp.clip(counts - chunk * size, 0, size)
+        x, cache = _chunk(
+            model, cache, jax.lax.dynamic_slice_in_dim(tokens, chunk * size, size, axis=1), here
+        )
+        at_end = _rows(x, jnp.maximum(here - 1, 0))
+        return cache, jnp.where((here > 0)[:, None], at_end, last)
+
+    module = model.module()
+    last = jnp.zeros((batch, model.config.width), module.embed(tokens[:, :1]).dtype)
+    cache, last = jax.lax.fori_loop(0, (counts.max() + size - 1) // size, body, (cache, last))
+    return module.logits(last), cache
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _prefill_exact(model, cache, tokens, counts):
+    """Layer by layer over the whole call, with everything but hidden states and one layer's K/V in chunks."""
+    module = model.module()
+    size = min(_attention.QUERY_CHUNK, tokens.shape[1])
+    chunks = (counts.max() + size - 1) // size
+    x = module.embed(tokens)
+    segments = []
+    for segment in cache.segments:
+
+        def body(layer, carry):
+            x, segment = carry
+            x, new = _exact_layer(module, cache, segment, layer, x, counts, size, chunks)
+            return x, _cache.write_layer(cache, segment, layer, new.k_stored, new.v, counts)
+
+        x, segment = jax.lax.fori_loop(0, segment.layers, body, (x, segment))
+        segments.append(segment)
+    cache = _cache.advance_lengths(dataclasses.replace(cache, segments=tuple(segments)), counts)
+    return module.logits(_rows(x, counts - 1)), cache
+
+
+def _exact_layer(module, cache, segment, layer, x, counts, size, chunks):
+    """One layer over `x[B, S, D]`: all keys and values first, then attention and MLP, `size` tokens at a time."""
+    absolute = segment.first_layer + layer
+    total = cache.length + counts
+    B, S, _ = x.shape
+    empty = jnp.zeros((B, cache.shape.kv_heads, S, cache.shape.head_dim), cache.dtype)
+    pre_rope = segment.k_codec.pre_rope
+
+    def part(x, chunk):
+        return module.qkv(absolute, jax.lax.dynamic_slice_in_dim(x, chunk * size, size, axis=1))
+
+    def project(chunk, buffers):
+        _, k, v = part(x, chunk)
+        start = cache.length + chunk * size
+        new = _attention.new_tokens(cache.shape, segment.k_codec, k, v, start, total - start, cache.dtype)
+        parts = (new.k_rotated, new.v, new.k_stored) if pre_rope else (new.k_rotated, new.v)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(b, p, chunk * size, axis=2)
+            for b, p in zip(buffers, parts, strict=True)
+        )
+
+    k_rotated, v, *k_stored = jax.lax.fori_loop(0, chunks, project, (empty,) * (3 if pre_rope else 2))
+    new = _attention.NewTokens(k_stored[0] if pre_rope else k_rotated, k_rotated, v, counts)
+
+    def attend(chunk, x):
+        q, _, _ = part(x, chunk)
+        qs = _attention.queries(cache.shape, q, cache.length, total, offset=chunk * size)
+        out = _attention.attend_layer(cache, segment, layer, qs, new, "exact")
+        here = jax.lax.dynamic_slice_in_dim(x, chunk * size, size, axis=1)
+        here = module.finish(absolute, here, out.astype(x.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(x, here, chunk * size, axis=1)
+
+    return jax.lax.fori_loop(0, chunks, attend, x), new
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[b, index[b]]` of `x[B, S, D]`."""
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames="sampler")
+def _first_token(sampler, logits, key, eos_ids):
+    token = sample(sampler, logits, jax.random.fold_in(key, 0))
+    return token, (token[:, None] == eos_ids[None, :]).any(-1)
+
+
+@functools.partial(jax.jit, static_argnames="sampler", donate_argnames="cache")
+def _next_token(sampler, model, cache, token, done, key, i, eos_ids):
+    """Feeds `token` to the rows that go on and draws their next one; ended rows repeat theirs."""
+    x, cache = _chunk(model, cache, token[:, None], jnp.where(done, 0, 1))
+    drawn = sample(sampler, model.module().logits(x[:, 0]), jax.random.fold_in(key, i))
+    token = jnp.where(done, token, drawn)
+    return token, done | (token[:, None] == eos_ids[None, :]).any(-1), cache
