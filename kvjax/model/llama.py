@@ -1,0 +1,224 @@
+"""Llama 1 to 3.x and Mistral as one Flax NNX module over `[L, ...]` weight stacks, and the loaded model around it.
+
+Axis letters: L layers, D width, F MLP width, K kv heads, G query heads per kv head, H head size, V vocabulary.
+Weights keep the order of the checkpoint (outputs before inputs), so loading only reshapes; heads have their own axis,
+so that tensor parallelism can shard K.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kvjax.model.config import ModelConfig
+from kvjax.model.rope import Leaf, Rope
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSpec:
+    """One weight: its name in a Hugging Face checkpoint, and its axes here.
+
+    Attributes:
+      tensor: checkpoint name; `{}` stands for the layer and marks a stacked weight.
+      axes: axis letters of one layer's slice, outputs first; a stack has L in front.
+      outputs: how many of `axes` the checkpoint flattens into axis 0; the rest become axis 1.
+    """
+
+    tensor: str
+    axes: str
+    outputs: int
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.tensor
+
+
+_ATTENTION = "model.layers.{}.self_attn."
+_MLP = "model.layers.{}.mlp."
+WEIGHTS = {
+    "embedding": WeightSpec("model.embed_tokens.weight", "VD", 1),
+    "attention_norm": WeightSpec("model.layers.{}.input_layernorm.weight", "D", 1),
+    "q": WeightSpec(_ATTENTION + "q_proj.weight", "KGHD", 3),
+    "k": WeightSpec(_ATTENTION + "k_proj.weight", "KHD", 2),
+    "v": WeightSpec(_ATTENTION + "v_proj.weight", "KHD", 2),
+    "o": WeightSpec(_ATTENTION + "o_proj.weight", "DKGH", 1),
+    "q_bias": WeightSpec(_ATTENTION + "q_proj.bias", "KGH", 3),
+    "k_bias": WeightSpec(_ATTENTION + "k_proj.bias", "KH", 2),
+    "v_bias": WeightSpec(_ATTENTION + "v_proj.bias", "KH", 2),
+    "o_bias": WeightSpec(_ATTENTION + "o_proj.bias", "D", 1),
+    "mlp_norm": WeightSpec("model.layers.{}.post_attention_layernorm.weight", "D", 1),
+    "gate": WeightSpec(_MLP + "gate_proj.weight", "FD", 1),
+    "up": WeightSpec(_MLP + "up_proj.weight", "FD", 1),
+    "down": WeightSpec(_MLP + "down_proj.weight", "DF", 1),
+    "gate_bias": WeightSpec(_MLP + "gate_proj.bias", "F", 1),
+    "up_bias": WeightSpec(_MLP + "up_proj.bias", "F", 1),
+    "down_bias": WeightSpec(_MLP + "down_proj.bias", "D", 1),
+    "norm": WeightSpec("model.norm.weight", "D", 1),
+    "head": WeightSpec("lm_head.weight", "VD", 1),
+}
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every weight that a model of this config has; stacked weights start with L."""
+    sizes = {
+        "V": config.vocab,
+        "D": config.width,
+        "F": config.mlp_width,
+        "K": config.kv_heads,
+        "G": config.q_per_kv,
+        "H": config.head_dim,
+    }
+    absent = set()
+    if config.tie_embeddings:
+        absent |= {"head"}
+    if not config.attention_bias:
+        absent |= {"q_bias", "k_bias", "v_bias", "o_bias"}
+    if not config.mlp_bias:
+        absent |= {"gate_bias", "up_bias", "down_bias"}
+    return {
+        name: (config.layers,) * spec.stacked + tuple(sizes[axis] for axis in spec.axes)
+        for name, spec in WEIGHTS.items()
+        if name not in absent
+    }
+
+
+class Llama(nnx.Module):
+    """A Llama or Mistral decoder without its attention: the caller computes `out` between `qkv` and `finish`.
+
+    `layer` is a Python or a traced integer. Activations `[..., D]` have any leading axes and stay in the model's
+    dtype; matrix products accumulate in float32, RMSNorm computes in float32.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
+        """Random weights: normal(0, initializer_range) matrices, zero biases, unit norms."""
+        self.config = config
+        for name, shape in weight_shapes(config).items():
+            if name.endswith("_bias"):
+                value = jnp.zeros(shape, dtype)
+            elif name.endswith("norm"):
+                value = jnp.ones(shape, dtype)
+            else:
+                value = (jax.random.normal(rngs.params(), shape) * config.initializer_range).astype(dtype)
+            setattr(self, name, nnx.Param(value))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Token ids `[...]` to activations `[..., D]`."""
+        return self.embedding[...][tokens]
+
+    def qkv(self, layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Input norm and projections of activations `[..., D]`, before the rotary embedding.
+
+        Returns:
+          q `[..., K, G, H]`, k `[..., K, H]`, v `[..., K, H]`.
+        """
+        h = _rms_norm(x, self._at("attention_norm", layer), self.config.norm_eps)
+        q = _project("...d,kghd->...kgh", h, self._at("q", layer), self._at("q_bias", layer))
+        k = _project("...d,khd->...kh", h, self._at("k", layer), self._at("k_bias", layer))
+        v = _project("...d,khd->...kh", h, self._at("v", layer), self._at("v_bias", layer))
+        return q, k, v
+
+    def finish(self, layer, x: jax.Array, out: jax.Array) -> jax.Array:
+        """The rest of a layer: output projection, residual, norm, gated MLP, residual.
+
+        Args:
+          layer: which one.
+          x: `[..., D]`, what `qkv` was given.
+          out: `[..., K, G, H]`, the attention's result.
+
+        Returns:
+          `[..., D]`, the input of the next layer.
+        """
+        x = x + _project("...kgh,dkgh->...d", out, self._at("o", layer), self._at("o_bias", layer))
+        h = _rms_norm(x, self._at("mlp_norm", layer), self.config.norm_eps)
+        gate = _project("...d,fd->...f", h, self._at("gate", layer), self._at("gate_bias", layer))
+        up = _project("...d,fd->...f", h, self._at("up", layer), self._at("up_bias", layer))
+        return x + _project(
+            "...f,df->...d", nnx.silu(gate) * up, self._at("down", layer), self._at("down_bias", layer)
+        )
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Final norm and output head: activations `[..., D]` to logits `[..., V]` float32."""
+        h = _rms_norm(x, self.norm[...], self.config.norm_eps)
+        head = self.embedding if self.config.tie_embeddings else self.head
+        return jnp.einsum("...d,vd->...v", h, head[...], preferred_element_type=jnp.float32)
+
+    def _at(self, name: str, layer) -> jax.Array | None:
+        """The slice of one layer; None for a bias that this model does not have."""
+        stack = getattr(self, name, None)
+        return None if stack is None else jax.lax.dynamic_index_in_dim(stack[...], layer, keepdims=False)
+
+
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    weight = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
+    return (x32 * scale * weight).astype(x.dtype)
+
+
+def _project(equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """einsum accumulated in float32, bias added there, result in the dtype of `x`."""
+    y = jnp.einsum(equation, x, weight, preferred_element_type=jnp.float32)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+    return y.astype(x.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _graphdef(config: ModelConfig) -> nnx.GraphDef:
+    """The module's structure without weights; split once per config, then only merged."""
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for use: weights and rotary frequencies as leaves, everything else static.
+
+    `module()` gives the `Llama` to call; use it inside `jax.jit` with the LoadedModel as an argument, so that the
+    weights are inputs of the compiled function and not constants in it.
+
+    Attributes:
+      state: dict of weight name (`weight_shapes`) to array, all of one dtype.
+      rope: rotary frequencies.
+      config: static shape and switches.
+      path: directory that the weights came from; None for a model built in memory.
+      file_fingerprint: of the files that the weights came from; None for a model built in memory.
+    """
+
+    state: Leaf
+    rope: Rope
+    config: ModelConfig = jax.tree.static()
+    path: str | None = jax.tree.static(default=None)
+    file_fingerprint: str | None = jax.tree.static(default=None)
+
+    def module(self) -> Llama:
+        return nnx.merge(_graphdef(self.config), self.state)
+
+    @property
+    def dtype(self):
+        """Of weights and activations."""
+        return self.state["embedding"].dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies config and weights: sha256 over samples (`kvjax.model.fingerprint`). Not for use inside jit."""
+        if self.file_fingerprint is not None:
+            return self.file_fingerprint
+        from kvjax.model.fingerprint import of_model  # imports this module
+
+        return of_model(self)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of `path`, read at the first use (imports transformers)."""
+        from kvjax.model.tokenizer import load_tokenizer  # deferred with transformers, which it needs
+
+        return load_tokenizer(self.path, self.config)
+
+    def with_state(self, state: dict) -> "LoadedModel":
+        """The same model with other weights (a training step's): keeps the tokenizer, drops the files' fingerprint."""
+        return dataclasses.replace(self, state=state, file_fingerprint=None)

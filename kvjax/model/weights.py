@@ -1,0 +1,208 @@
+"""Models from and to disk: Hugging Face layout, safetensors, no torch."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from kvjax.model.checkpoint import DTYPES, Checkpoint
+from kvjax.model.config import ModelConfig, read_config
+from kvjax.model.fingerprint import checkpoint_tensors, fingerprint
+from kvjax.model.llama import WEIGHTS, Llama, LoadedModel, WeightSpec, weight_shapes
+from kvjax.model.rope import Rope, rope_from_config
+
+ASSETS = Path(__file__).parent.parent / "assets"
+# Old checkpoints carry the rotary frequencies; they follow from the config.
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def load(source, dtype=None) -> LoadedModel:
+    """Loads a Llama or Mistral model.
+
+    Tensors go one by one from the memory-mapped file into their `[L, ...]` stack, so the host holds the model and at
+    most one stack more.
+
+    Args:
+      source: "tiny" (ships with the library), a directory in Hugging Face layout, or a hub id such as
+        "meta-llama/Llama-3.2-1B" (downloaded through huggingface_hub, or taken from its cache).
+      dtype: of weights and activations: float32, bfloat16 or float16. None: the checkpoint's dtype on GPU and TPU,
+        float32 on CPU, where bfloat16 matrix products are slow.
+
+    Raises:
+      ValueError, FileNotFoundError: one line naming the file and tensor, or the setting that is not supported.
+    """
+    directory = _find(source)
+    raw = read_config(directory)
+    try:
+        config, rope = ModelConfig.from_transformers(raw), rope_from_config(raw)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+    with Checkpoint(directory) as checkpoint:
+        _check_tensors(checkpoint, config, directory)
+        if dtype is None:
+            on_cpu = jax.default_backend() == "cpu"
+            dtype = np.float32 if on_cpu else checkpoint.dtypes[WEIGHTS["embedding"].tensor]
+        state = stack_weights(config, checkpoint.read, dtype)
+        wanted = (name for name in checkpoint if name in set(_tensor_names(config)))
+        identity = fingerprint(config, rope, ((name, checkpoint.read(name)) for name in wanted))
+    return LoadedModel(state, jax.device_put(rope), config, str(directory), identity)
+
+
+def stack_weights(config: ModelConfig, read: Callable[[str], np.ndarray], dtype) -> dict[str, jax.Array]:
+    """Builds a model's state from checkpoint tensors.
+
+    Args:
+      config: says which weights there are.
+      read: checkpoint name to tensor, `[outputs, inputs]` or `[outputs]`.
+      dtype: of the result.
+    """
+    dtype = check_dtype(dtype)
+    state = {}
+    for name, shape in weight_shapes(config).items():
+        spec = WEIGHTS[name]
+        if not spec.stacked:
+            state[name] = jnp.asarray(read(spec.tensor).reshape(shape).astype(dtype))
+            continue
+        stack = np.empty(shape, dtype)
+        for layer in range(config.layers):
+            stack[layer] = read(spec.tensor.format(layer)).reshape(shape[1:])
+        state[name] = jnp.asarray(stack)
+    return state
+
+
+def init_random(config: ModelConfig, rope: Rope, seed: int, dtype=jnp.float32) -> LoadedModel:
+    """A model with random weights: normal(0, initializer_range) matrices, zero biases, unit norms."""
+    dtype = check_dtype(dtype)
+    make = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(Llama(config, nnx.Rngs(key), dtype))))
+    return LoadedModel(make(jax.random.key(seed)), jax.device_put(rope), config)
+
+
+def save(model: LoadedModel, directory, dtype=None) -> Path:
+    """Writes config.json and model.safetensors as transformers reads them; the tokenizer is not copied.
+
+    Args:
+      model: the model.
+      directory: made if missing; files of the same names in it are replaced.
+      dtype: of the file; None: the model's own.
+
+    Returns:
+      The directory.
+    """
+    dtype = model.dtype if dtype is None else check_dtype(dtype)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    raw = model.config.to_transformers(model.rope, np.dtype(dtype).name)
+    (directory / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tensors = {name: np.ascontiguousarray(value.astype(dtype)) for name, value in checkpoint_tensors(model)}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def check_dtype(dtype) -> np.dtype:
+    """float32, bfloat16 or float16 under any of their usual names; ValueError for others."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in DTYPES.values():
+        raise ValueError(f"`dtype={dtype!r}` is not supported; use float32, bfloat16 or float16.")
+    return found
+
+
+def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, directory: Path):
+    """Every tensor there, none too many, all of the shape that the config implies."""
+    expected = _tensor_names(config)
+    for name, shape in expected.items():
+        if name not in checkpoint:
+            raise ValueError(
+                f"{directory} has no tensor {name}, which its config.json asks for; download the checkpoint again."
+            )
+        if checkpoint.shapes[name] != shape:
+            raise ValueError(
+                f"{checkpoint.path(name)}: {name} has shape {checkpoint.shapes[name]}, but config.json implies {shape}."
+            )
+    for name in checkpoint:
+        if (
+            name not in expected
+            and not _IGNORED.fullmatch(name)
+            and not _is_tied_head(checkpoint, name, config)
+        ):
+            raise ValueError(
+                f"{checkpoint.path(name)}: tensor {name} is not part of the model that config.json describes."
+            )
+
+
+def _is_tied_head(checkpoint: Checkpoint, name: str, config: ModelConfig) -> bool:
+    """Whether this is the redundant copy of a tied embedding (one that differs is an error of the config)."""
+    if name != WEIGHTS["head"].tensor or not config.tie_embeddings:
+        return False
+    embedding = checkpoint.read(WEIGHTS["embedding"].tensor)
+    if not np.array_equal(checkpoint.read(name), embedding):
+        raise ValueError(
+            f"{checkpoint.path(name)}: {name} differs from the embedding although config.json ties them; "
+            f"set `tie_word_embeddings` to false there."
+        )
+    return True
+
+
+def _tensor_names(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name to shape of every tensor that the config asks for."""
+    expected = {}
+    for name, shape in weight_shapes(config).items():
+        spec = WEIGHTS[name]
+        for layer in range(config.layers) if spec.stacked else (0,):
+            expected[spec.tensor.format(layer)] = _checkpoint_shape(spec, shape[spec.stacked :])
+    return expected
+
+
+def _checkpoint_shape(spec: WeightSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    rows = int(np.prod(shape[: spec.outputs]))
+    return (rows, int(np.prod(shape[spec.outputs :]))) if len(shape) > spec.outputs else (rows,)
+
+
+def _find(source) -> Path:
+    """The directory of a model's files; downloads them for a hub id."""
+    if source == "tiny":
+        if not (ASSETS / "tiny" / "config.json").is_file():
+            raise FileNotFoundError(f"`source='tiny'`: {ASSETS / 'tiny'} is not installed; reinstall kvjax.")
+        return ASSETS / "tiny"
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise ValueError(f"`source={str(source)!r}` is a file; pass the directory that holds it.")
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        raise FileNotFoundError(
+            f"`source={str(source)!r}` is no directory; pass one in Hugging Face layout, a hub id "
+            f"(organisation/name) or 'tiny'."
+        )
+    return _download(source)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download  # imported here: it is slow, and most loads are local
+
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.model"],
+                ignore_patterns=[
+                    "consolidated*",
+                    "original/*",
+                ],  # the same weights in the vendors' own layout
+            )
+        )
+    except Exception as error:  # network, authorisation and unknown names each have their own types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        raise FileNotFoundError(
+            f"`source={hub_id!r}` is no directory and huggingface_hub cannot fetch it ({reason}); check the name and "
+            f"the network, run `hf auth login` for a gated model, or pass a local directory."
+        ) from None
