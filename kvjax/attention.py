@@ -99,9 +99,7 @@ class Queries:
     call_start: Leaf
 
 
-def queries(
-    shape: CacheShape, q: jax.Array, call_start: jax.Array, total: jax.Array, offset: Any = 0
-) -> Queries:
+def queries(shape: CacheShape, q: jax.Array, call_start: jax.Array, total: jax.Array, offset: Any = 0) -> Queries:
     """Prepares q `[B, S, K, G, H]` (before RoPE), the call's tokens `offset .. offset + S`."""
     raw = q.astype(jnp.float32).transpose(0, 2, 3, 1, 4) * (shape.head_dim**-0.5)
     position = call_start[:, None] + offset + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
@@ -121,9 +119,7 @@ def _in_window(shape: CacheShape, query: jax.Array, token: jax.Array) -> jax.Arr
     return visible if shape.sliding_window is None else visible & (query - token < shape.sliding_window)
 
 
-def _seen_stored(
-    cache: KVCache, codec: AbstractCodec, query: jax.Array, token: jax.Array
-) -> jax.Array | None:
+def _seen_stored(cache: KVCache, codec: AbstractCodec, query: jax.Array, token: jax.Array) -> jax.Array | None:
     """Mask of the pairs where the query sees the token as stored; None where it always does."""
     if codec.token_local:
         return None if cache.window == 0 else token <= query - cache.window
@@ -131,9 +127,7 @@ def _seen_stored(
     return full_at <= query
 
 
-def attend_layer(
-    cache: KVCache, segment: Segment, layer: Any, qs: Queries, new: "NewTokens", mode: Mode
-) -> jax.Array:
+def attend_layer(cache: KVCache, segment: Segment, layer: Any, qs: Queries, new: "NewTokens", mode: Mode) -> jax.Array:
     """Attention of one layer's queries over everything before them.
 
     Args:
@@ -226,9 +220,7 @@ def _sealed(cache: KVCache, segment: Segment, layer: Any, qs: Queries) -> Partia
         k = segment.k_codec.decode(jax.tree.map(take, segment.k), k_params).astype(cache.dtype)
         v = segment.v_codec.decode(jax.tree.map(take, segment.v), v_params).astype(cache.dtype)
         if segment.k_codec.pre_rope:
-            cos, sin = cos_sin(
-                shape.rope, qs.position[:, :, None] - base[None, None, :], qs.total[:, None, None]
-            )
+            cos, sin = cos_sin(shape.rope, qs.position[:, :, None] - base[None, None, :], qs.total[:, None, None])
             q = rotate(qs.raw[:, :, :, :, None], cos[:, None, None], sin[:, None, None])
             k = rotate(k.astype(jnp.float32), tile_cos[:, None, None], tile_sin[:, None, None])
             scores = jnp.einsum("bkgsnh,bnkth->bkgsnt", q, k, preferred_element_type=jnp.float32)
@@ -237,9 +229,7 @@ def _sealed(cache: KVCache, segment: Segment, layer: Any, qs: Queries) -> Partia
             scores = jnp.einsum("bkgsh,bnkth->bkgsnt", qs.rotated, k, preferred_element_type=jnp.float32)
         token = base[:, None] + tile[None, :]
         valid = (block[None, :] < sealed[:, None]) & (block[None, :] >= chunk * per_chunk)
-        visible = valid[:, None, :, None] & _in_window(
-            shape, qs.position[:, :, None, None], token[None, None]
-        )
+        visible = valid[:, None, :, None] & _in_window(shape, qs.position[:, :, None, None], token[None, None])
         B, S = qs.position.shape
         p, top, total = _softmax_part(scores.reshape(*scores.shape[:4], -1), visible.reshape(B, S, -1))
         p = p.reshape(scores.shape)
@@ -261,8 +251,7 @@ def _sinks(cache: KVCache, segment: Segment, layer: Any, qs: Queries, new: NewTo
         k = rotate_tokens(cache.shape, k, position, qs.total)
     end = cache.length + new.counts if mode == "cached" else cache.length
     visible = (
-        _in_window(cache.shape, qs.position[:, :, None], position[:, None, :])
-        & (position < end[:, None])[:, None]
+        _in_window(cache.shape, qs.position[:, :, None], position[:, None, :]) & (position < end[:, None])[:, None]
     )
     return dense_partial(qs.rotated, k.astype(jnp.float32), v.astype(jnp.float32), visible)
 
@@ -298,9 +287,7 @@ def _recent(cache: KVCache, segment: Segment, layer: Any, qs: Queries, new: NewT
 
     scores = jnp.einsum("bkgsh,bkth->bkgst", qs.rotated, k_stored, preferred_element_type=jnp.float32)
     if k_mask is not None:
-        exact_scores = jnp.einsum(
-            "bkgsh,bkth->bkgst", qs.rotated, k_exact, preferred_element_type=jnp.float32
-        )
+        exact_scores = jnp.einsum("bkgsh,bkth->bkgst", qs.rotated, k_exact, preferred_element_type=jnp.float32)
         scores = jnp.where(k_mask[:, None, None], scores, exact_scores)
     p, top, total = _softmax_part(scores, visible)
     if v_mask is None:
@@ -316,16 +303,13 @@ def _this_call(cache: KVCache, qs: Queries, new: NewTokens) -> Partial:
     """The call's own tokens, uncompressed and causal, a chunk of keys at a time."""
     S = new.v.shape[2]
     size = min(CHUNK_TOKENS, S)
-    first_query = (
-        qs.position.min(1) - qs.call_start
-    )  # offset of the first query in the call, the same in all rows
+    first_query = qs.position.min(1) - qs.call_start  # offset of the first query in the call, the same in all rows
     last = jnp.minimum((first_query.max() + qs.position.shape[1] + size - 1) // size, -(-S // size))
 
     def body(chunk, part):
         start = jnp.minimum(chunk * size, S - size)
         k, v = (
-            jax.lax.dynamic_slice_in_dim(x, start, size, axis=2).astype(jnp.float32)
-            for x in (new.k_rotated, new.v)
+            jax.lax.dynamic_slice_in_dim(x, start, size, axis=2).astype(jnp.float32) for x in (new.k_rotated, new.v)
         )
         index = start + jnp.arange(size, dtype=jnp.int32)
         valid = (index[None, :] < new.counts[:, None]) & (index >= chunk * size)[None, :]
@@ -359,7 +343,5 @@ def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -
         else:
             lines.append(f"{name}: {kernel.__name__} [{what}]")
     if strict and slow:
-        raise NotImplementedError(
-            f"strict: the reference would run for {'; '.join(slow)}; drop `strict` to allow it."
-        )
+        raise NotImplementedError(f"strict: the reference would run for {'; '.join(slow)}; drop `strict` to allow it.")
     return "\n".join(lines)

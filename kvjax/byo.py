@@ -116,9 +116,7 @@ def _advance(cache, counts):
         k, v = (x[part] for x in cache.pending)
         if not segment.k_codec.pre_rope:
             position = cache.length[:, None] + jnp.arange(k.shape[3], dtype=jnp.int32)[None, :]
-            k = jax.vmap(lambda k: _attention.rotate_tokens(cache.shape, k, position, cache.length + counts))(
-                k
-            )
+            k = jax.vmap(lambda k: _attention.rotate_tokens(cache.shape, k, position, cache.length + counts))(k)
         ks.append(k)
         vs.append(v)
     return _cache.write(cache, jnp.concatenate(ks), jnp.concatenate(vs), counts)

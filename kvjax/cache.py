@@ -210,10 +210,7 @@ def span(
     Returns:
       `[B, K, count, H]`; what lies beyond the new tokens is arbitrary but finite.
     """
-    index = (
-        jnp.broadcast_to(jnp.asarray(start, jnp.int32), old_tokens.shape)[:, None]
-        + jnp.arange(count)[None, :]
-    )
+    index = jnp.broadcast_to(jnp.asarray(start, jnp.int32), old_tokens.shape)[:, None] + jnp.arange(count)[None, :]
     pick = jax.vmap(lambda x, i: jnp.take(x, i, axis=1, mode="clip"))
     from_new = pick(new, index - old_tokens[:, None] + first_new[:, None])
     if not old.shape[2]:
@@ -221,9 +218,7 @@ def span(
     return jnp.where((index < old_tokens[:, None])[:, None, :, None], pick(old, index), from_new)
 
 
-def write_layer(
-    cache: KVCache, segment: Segment, layer: Any, k: jax.Array, v: jax.Array, counts: jax.Array
-) -> Segment:
+def write_layer(cache: KVCache, segment: Segment, layer: Any, k: jax.Array, v: jax.Array, counts: jax.Array) -> Segment:
     """Puts new tokens behind those of one layer: sinks, sealed blocks and what stays recent.
 
     Args:
@@ -249,9 +244,7 @@ def write_layer(
         x = x.astype(recent.dtype)
         sinks = getattr(segment, f"{name}_sinks")
         if cache.sinks:
-            now = span(
-                sinks[layer], x, jnp.minimum(length, cache.sinks), jnp.zeros_like(length), 0, cache.sinks
-            )
+            now = span(sinks[layer], x, jnp.minimum(length, cache.sinks), jnp.zeros_like(length), 0, cache.sinks)
             out[f"{name}_sinks"] = sinks.at[layer].set(now)
 
         def seal(first, blocks, carry, codec=codec, params=params, recent=recent, x=x):
@@ -271,17 +264,13 @@ def write_layer(
             storage = jax.tree.map(
                 lambda leaf, b: leaf.at[layer, rows[:, None], at].set(b, mode="drop"), storage, block
             )
-            return storage, dropped + jnp.where(full, codec.dropped(tokens, params), 0).sum(
-                1, dtype=jnp.int32
-            )
+            return storage, dropped + jnp.where(full, codec.dropped(tokens, params), 0).sum(1, dtype=jnp.int32)
 
         most = (recent.shape[2] + new_tokens) // cache.block  # static bound on the blocks that can fill
         group = min(most, _SEAL_GROUP)
         groups = (newly.max() + group - 1) // group
         carry = (getattr(segment, name), dropped)
-        out[name], dropped = jax.lax.fori_loop(
-            0, groups, lambda i, c, seal=seal: seal(i * group, group, c), carry
-        )
+        out[name], dropped = jax.lax.fori_loop(0, groups, lambda i, c, seal=seal: seal(i * group, group, c), carry)
         rest = span(recent, x, recent_tokens, first_new, newly * cache.block, recent.shape[2])
         out[f"{name}_recent"] = getattr(segment, f"{name}_recent").at[layer].set(rest)
     return dataclasses.replace(segment, dropped=segment.dropped.at[layer].add(dropped), **out)
@@ -295,16 +284,12 @@ def _write_recent(cache: KVCache, segment: Segment, k: jax.Array, v: jax.Array, 
     position = cache.length[:, None] + i
     valid = i < counts[:, None]
     capacity = segment.k_recent.shape[3]
-    slot = jnp.where(
-        valid & (position >= cache.sinks), position - cache.recent_start(cache.length)[:, None], capacity
-    )
+    slot = jnp.where(valid & (position >= cache.sinks), position - cache.recent_start(cache.length)[:, None], capacity)
     sink = jnp.where(valid & (position < cache.sinks), position, cache.sinks)
     out = {}
     for name, x in (("k", k), ("v", v)):
         recent, sinks = getattr(segment, f"{name}_recent"), getattr(segment, f"{name}_sinks")
-        values = x.astype(recent.dtype).transpose(
-            1, 3, 0, 2, 4
-        )  # advanced indices come first: [B, S, L, K, H]
+        values = x.astype(recent.dtype).transpose(1, 3, 0, 2, 4)  # advanced indices come first: [B, S, L, K, H]
         out[f"{name}_recent"] = recent.at[:, rows, :, slot].set(values, mode="drop")
         if cache.sinks:
             out[f"{name}_sinks"] = sinks.at[:, rows, :, sink].set(values, mode="drop")

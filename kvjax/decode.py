@@ -31,9 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def init_cache(
-    model: Any, policy: Any, *, batch: int, capacity: int, dtype: Any = None, block: int = 128
-) -> KVCache:
+def init_cache(model: Any, policy: Any, *, batch: int, capacity: int, dtype: Any = None, block: int = 128) -> KVCache:
     """An empty cache for `batch` rows of up to `capacity` tokens each.
 
     Args:
@@ -205,13 +203,9 @@ def _bucket(tokens: int) -> int:
     return 1 << max(tokens - 1, 31).bit_length() if tokens <= unit else -(-tokens // unit) * unit
 
 
-def _checked_tokens(
-    cache: KVCache, tokens: np.ndarray, lengths: Any, vocab: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _checked_tokens(cache: KVCache, tokens: np.ndarray, lengths: Any, vocab: int) -> tuple[np.ndarray, np.ndarray]:
     if tokens.ndim != 2 or tokens.shape[0] != cache.batch:
-        raise ValueError(
-            f"`tokens` of shape {tokens.shape} must be [B, S] with the cache's B={cache.batch} rows."
-        )
+        raise ValueError(f"`tokens` of shape {tokens.shape} must be [B, S] with the cache's B={cache.batch} rows.")
     if not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"`tokens` of type {tokens.dtype} must be integers.")
     counts = np.full(cache.batch, tokens.shape[1]) if lengths is None else np.asarray(lengths)
@@ -281,9 +275,7 @@ def _prefill_cached(model, cache, tokens, counts):
     def body(chunk, carry):
         cache, last = carry
         here = jnp.clip(counts - chunk * size, 0, size)
-        x, cache = _chunk(
-            model, cache, jax.lax.dynamic_slice_in_dim(tokens, chunk * size, size, axis=1), here
-        )
+        x, cache = _chunk(model, cache, jax.lax.dynamic_slice_in_dim(tokens, chunk * size, size, axis=1), here)
         at_end = _rows(x, jnp.maximum(here - 1, 0))
         return cache, jnp.where((here > 0)[:, None], at_end, last)
 
@@ -331,8 +323,7 @@ def _exact_layer(module, cache, segment, layer, x, counts, size, chunks):
         new = _attention.new_tokens(cache.shape, segment.k_codec, k, v, start, total - start, cache.dtype)
         parts = (new.k_rotated, new.v, new.k_stored) if pre_rope else (new.k_rotated, new.v)
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(b, p, chunk * size, axis=2)
-            for b, p in zip(buffers, parts, strict=True)
+            jax.lax.dynamic_update_slice_in_dim(b, p, chunk * size, axis=2) for b, p in zip(buffers, parts, strict=True)
         )
 
     k_rotated, v, *k_stored = jax.lax.fori_loop(0, chunks, project, (empty,) * (3 if pre_rope else 2))

@@ -36,12 +36,8 @@ def crop(cache: KVCache, lengths: Any) -> KVCache:
     if not traced:
         old, new = np.asarray(cache.length), np.asarray(lengths)
         if (new < 0).any() or (new > old).any():
-            raise ValueError(
-                f"`lengths={new.tolist()}` must lie between 0 and the rows' {old.tolist()} tokens."
-            )
-        cut = np.asarray(
-            (cache.sealed(lengths) < cache.sealed(cache.length)) & (lengths > cache.recent_start(lengths))
-        )
+            raise ValueError(f"`lengths={new.tolist()}` must lie between 0 and the rows' {old.tolist()} tokens.")
+        cut = np.asarray((cache.sealed(lengths) < cache.sealed(cache.length)) & (lengths > cache.recent_start(lengths)))
         if grouped and cut.any():
             row = int(cut.argmax())
             raise ValueError(
@@ -70,9 +66,7 @@ def _crop(cache: KVCache, lengths: jax.Array) -> KVCache:
                 block = jax.tree.map(lambda leaf: leaf[rows, jnp.minimum(at, leaf.shape[1] - 1)], storage)
                 stored = codec.decode(block, params).astype(recent.dtype).swapaxes(1, 2).reshape(recent.shape)
                 t = jnp.arange(recent.shape[2])[None, :]
-                old = jax.vmap(lambda x, i: jnp.take(x, i, axis=1, mode="clip"))(
-                    recent, t - from_storage[:, None]
-                )
+                old = jax.vmap(lambda x, i: jnp.take(x, i, axis=1, mode="clip"))(recent, t - from_storage[:, None])
                 return jnp.where((t < from_storage[:, None])[:, None, :, None], stored, old)
 
             out[f"{name}_recent"] = jax.vmap(one_layer)(recent, storage, params)
@@ -99,9 +93,7 @@ def _fork(cache: KVCache, rows: jax.Array) -> KVCache:
     def take(tree: Any, axis: int) -> Any:
         return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=axis), tree)
 
-    copied = jax.tree.map(
-        lambda leaf: jnp.array(leaf, copy=True), cache
-    )  # nothing shared: either may be donated
+    copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), cache)  # nothing shared: either may be donated
     segments = tuple(
         dataclasses.replace(
             take(dataclasses.replace(segment, k_params=None, v_params=None), 1),

@@ -79,9 +79,7 @@ class _NUQCodec(AbstractCodec):
         """The sorted levels that codes are chosen by, and those they are decoded to."""
         if self.table == "fitted":
             if params is None:
-                raise ValueError(
-                    f"`params` of a fitted {self.bits}-bit table are missing; calibrate the policy first."
-                )
+                raise ValueError(f"`params` of a fitted {self.bits}-bit table are missing; calibrate the policy first.")
             return params["levels"], params["decode_levels" if self.q_norm else "levels"]
         levels = jnp.asarray(
             uniform_levels(self.bits) if self.table == "uniform" else nf_levels(self.bits), jnp.float32
@@ -102,9 +100,7 @@ class _NUQCodec(AbstractCodec):
             return codes, None, None
         residual = x - (scale * _lookup(decode_levels, codes) + zero)
         residual = jnp.take_along_axis(residual, outlier_index, axis=-1)
-        residual = jnp.where(is_outlier, jnp.clip(residual, -_FLOAT16_MAX, _FLOAT16_MAX), 0.0).astype(
-            jnp.float16
-        )
+        residual = jnp.where(is_outlier, jnp.clip(residual, -_FLOAT16_MAX, _FLOAT16_MAX), 0.0).astype(jnp.float16)
         return codes, outlier_index.astype(jnp.uint8).swapaxes(-1, -2), residual.swapaxes(-1, -2)
 
     def _dequantize(self, block: NUQBlock, scale, zero, params) -> jax.Array:
@@ -187,9 +183,7 @@ class NUQChannelCodec(_NUQCodec):
 
     def _offline(self, params: Params, ndim: int) -> tuple[jax.Array, jax.Array]:
         if params is None:
-            raise ValueError(
-                "`params` with the keys' offline ranges are missing; calibrate the policy first."
-            )
+            raise ValueError("`params` with the keys' offline ranges are missing; calibrate the policy first.")
         lead = (1,) * (ndim - 3)
         return params["scale"].reshape(lead + params["scale"].shape), params["zero"].reshape(
             lead + params["zero"].shape
@@ -208,7 +202,9 @@ class NUQChannelCodec(_NUQCodec):
         return self.bits + online + self._slot_bits(head_dim)
 
     def describe(self) -> str:
-        return f"{_table_name(self)} per channel{', block ranges' if self.ranges == 'block' else ''}, {_slots_name(self)}"
+        return (
+            f"{_table_name(self)} per channel{', block ranges' if self.ranges == 'block' else ''}, {_slots_name(self)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,9 +223,7 @@ class NUQTokenCodec(_NUQCodec):
         index, scale, zero = _token_range(x, self.slots(x.shape[-1]))
         is_outlier = None if index is None else jnp.ones(index.shape, bool)
         codes, channel, residual = self._quantize(x, scale, zero, index, is_outlier, params)
-        return NUQBlock(
-            codes, scale[..., 0].astype(jnp.float16), zero[..., 0].astype(jnp.float16), channel, residual
-        )
+        return NUQBlock(codes, scale[..., 0].astype(jnp.float16), zero[..., 0].astype(jnp.float16), channel, residual)
 
     def dequantize(self, block: NUQBlock, params: Params = None) -> jax.Array:
         scale = block.scale[..., None].astype(jnp.float32)
@@ -243,9 +237,7 @@ class NUQTokenCodec(_NUQCodec):
         return f"{_table_name(self)} per token, {_slots_name(self)}"
 
 
-def normalize_keys(
-    x: jax.Array, scale: jax.Array, zero: jax.Array, slots: int
-) -> tuple[jax.Array, jax.Array]:
+def normalize_keys(x: jax.Array, scale: jax.Array, zero: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
     """Keys in units of their offline range, and which of them the codes carry alone (calibration's set).
 
     Args:
@@ -286,9 +278,7 @@ def _token_range(x: jax.Array, slots: int) -> tuple[jax.Array | None, jax.Array,
     _, index = jax.lax.top_k(jnp.abs(x - centre), slots)
     rest = ~_at(index, x.shape[-1])
     # All channels in slots (fraction 1): the range is empty, and any will do.
-    low = jnp.minimum(
-        jnp.where(rest, x, jnp.inf).min((-3, -1), keepdims=True), x.max((-3, -1), keepdims=True)
-    )
+    low = jnp.minimum(jnp.where(rest, x, jnp.inf).min((-3, -1), keepdims=True), x.max((-3, -1), keepdims=True))
     high = jnp.maximum(jnp.where(rest, x, -jnp.inf).max((-3, -1), keepdims=True), low)
     return index, *_stored_range(low, high)
 
