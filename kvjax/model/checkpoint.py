@@ -57,16 +57,14 @@ class Checkpoint:
 
     def _open(self, path: Path):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing, but the checkpoint's index names it; download it again."
-            )
+            raise FileNotFoundError(f"{path} is missing, but the checkpoint's index names it; download it again.")
         try:
             file = self._files.enter_context(safetensors.safe_open(path, framework="numpy"))
         except Exception as error:  # safetensors has its own exception type, and OSError for some files
             raise ValueError(
-                f"{path} is not a complete safetensors file ({str(error).splitlines()[0]}); download it again."
+                f"{path} is no complete safetensors file ({str(error).splitlines()[0]}); download it again."
             ) from None
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118 (the handle is no mapping)
             view = file.get_slice(name)
             stored = view.get_dtype()
             if stored not in DTYPES:
@@ -95,15 +93,11 @@ def _found_files(directory: Path) -> list[Path]:
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
-    found = sorted(
-        path for path in directory.glob("*.safetensors") if not path.name.startswith("consolidated")
-    )
+    found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("consolidated"))
     if not found:
-        others = sorted(
-            path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in directory.glob(pattern)
-        )
+        others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in directory.glob(pattern))
         came = f" (only {others[0]})" if others else ""
         raise FileNotFoundError(
-            f"{directory} has no *.safetensors{came}; save the model with transformers' save_pretrained first."
+            f"{directory} has no *.safetensors{came}; save the model again with transformers' save_pretrained."
         )
     return found

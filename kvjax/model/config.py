@@ -51,7 +51,7 @@ class ModelConfig:
       attention_bias: the q, k, v and o projections have biases.
       mlp_bias: the gate, up and down projections have biases.
       tie_embeddings: the output head is the embedding table.
-      sliding_window: a key is visible iff q_position - k_position < sliding_window; None: all earlier keys are.
+      sliding_window: a key is visible iff q_position - k_position < sliding_window; None: no such limit.
       max_positions: the longest context the model was made for; a statement, not a limit of the code.
       bos_id, eos_ids: token ids, None or empty where the config names none.
       initializer_range: standard deviation of random weights.
@@ -91,9 +91,7 @@ class ModelConfig:
         if self.q_heads % self.kv_heads:
             raise ValueError(f"`kv_heads={self.kv_heads}` must divide q_heads={self.q_heads}.")
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(
-                f"`sliding_window={self.sliding_window}` must be positive, or None for no window."
-            )
+            raise ValueError(f"`sliding_window={self.sliding_window}` must be positive, or None for no window.")
 
     @property
     def q_per_kv(self) -> int:
@@ -105,12 +103,10 @@ class ModelConfig:
         """Takes a transformers config, or the dict that config.json holds.
 
         Raises:
-          ValueError: one line, for an architecture, activation, quantization or layer pattern that is not supported.
+          ValueError: one line, for an architecture, activation, quantization or layer pattern without support.
         """
-        raw = dict(config) if isinstance(config, Mapping) else config.to_dict()
-        kind = _check_supported(raw)
-        fields = DEFAULTS[kind] | raw
-        eos = fields["eos_token_id"]
+        fields = complete(config)
+        kind, eos = fields["model_type"], fields["eos_token_id"]
         q_heads = fields["num_attention_heads"]
         return cls(
             layers=fields["num_hidden_layers"],
@@ -121,7 +117,7 @@ class ModelConfig:
             head_dim=fields["head_dim"] or fields["hidden_size"] // q_heads,
             vocab=fields["vocab_size"],
             norm_eps=float(fields["rms_norm_eps"]),
-            # Mistral has no such switches: transformers ignores the keys there, and a window in a Llama config.
+            # As in transformers, Mistral ignores the bias switches and Llama ignores a window.
             attention_bias=kind == "llama" and bool(fields["attention_bias"]),
             mlp_bias=kind == "llama" and bool(fields["mlp_bias"]),
             tie_embeddings=bool(fields["tie_word_embeddings"]),
@@ -133,15 +129,11 @@ class ModelConfig:
         )
 
     def to_transformers(self, rope: Rope, dtype: str) -> dict:
-        """The config.json of this model (v5 spelling); `from_transformers` and `rope_from_config` read it back."""
+        """The config.json of this model, in v5 spelling; `from_transformers`, `rope_from_config` read it back."""
         if not rope.parameters:
-            raise ValueError(
-                "`rope.parameters` is empty, so the model cannot be saved; build it with make_rope."
-            )
+            raise ValueError("`rope.parameters` is empty, so the model cannot be saved; build it with make_rope.")
         if self.sliding_window is not None and (self.attention_bias or self.mlp_bias):
-            raise ValueError(
-                "`sliding_window` together with biases has no Hugging Face architecture to be saved as."
-            )
+            raise ValueError("`sliding_window` together with biases has no Hugging Face architecture to be saved as.")
         mistral = self.sliding_window is not None
         common = {
             "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
@@ -159,11 +151,7 @@ class ModelConfig:
             "rms_norm_eps": self.norm_eps,
             "bos_token_id": self.bos_id,
             "eos_token_id": (
-                None
-                if not self.eos_ids
-                else self.eos_ids[0]
-                if len(self.eos_ids) == 1
-                else list(self.eos_ids)
+                None if not self.eos_ids else self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids)
             ),
             "tie_word_embeddings": self.tie_embeddings,
             "rope_parameters": dict(rope.parameters),
@@ -174,12 +162,22 @@ class ModelConfig:
         return common | {"attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
 
 
+def complete(config) -> dict:
+    """The fields of a transformers config or of a config.json, with defaults filled in; refuses what has no support."""
+    raw = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    fields = DEFAULTS[_check_supported(raw)] | raw
+    for name in ("hidden_size", "num_attention_heads"):  # the head size may have to be computed from them
+        if not isinstance(fields[name], int) or fields[name] < 1:
+            raise ValueError(f"`{name}={fields[name]!r}` must be a positive integer.")
+    return fields
+
+
 def read_config(directory: Path) -> dict:
-    """The parsed config.json of a checkpoint, with the end-of-text ids of generation_config.json where there are any."""
+    """A checkpoint's config.json, with the end-of-text ids of generation_config.json where there are any."""
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{directory} has no config.json; pass a directory in Hugging Face layout (config.json and *.safetensors)."
+            f"{directory} has no config.json; pass a directory in Hugging Face layout (config.json, *.safetensors)."
         )
     raw = read_json(path)
     generation = directory / "generation_config.json"
@@ -195,9 +193,7 @@ def read_json(path: Path) -> dict:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again.") from None
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds a {type(content).__name__}, but a JSON object is wanted; download it again."
-        )
+        raise ValueError(f"{path} holds a {type(content).__name__}, but a JSON object is wanted; download it again.")
     return content
 
 
@@ -205,20 +201,14 @@ def _check_supported(raw: Mapping) -> str:
     """The model type of a config; refuses in one line what the model cannot compute."""
     named = next(iter(raw.get("architectures") or []), None)
     kind = raw.get("model_type")
-    if (
-        kind not in DEFAULTS
-        or ARCHITECTURES.get(named, kind) != kind
-        or (named and named not in ARCHITECTURES)
-    ):
+    if kind not in DEFAULTS or ARCHITECTURES.get(named, kind) != kind or (named and named not in ARCHITECTURES):
         raise ValueError(
             f"architecture {named or kind!r} is not supported; supported are {', '.join(ARCHITECTURES)} "
             f"(model_type llama or mistral)."
         )
     if raw.get("quantization_config") or raw.get("compression_config"):
         quantization = raw.get("quantization_config") or raw.get("compression_config")
-        method = (
-            quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        )
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise ValueError(
             f"the checkpoint's weights are quantized ({method}), which is not supported; "
             f"use the bf16, f16 or f32 checkpoint of the same model."

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -20,41 +20,35 @@ PAGES, PAGE_BYTES = (
 _IRRELEVANT = {"bos_id", "eos_ids", "max_positions", "initializer_range"}
 
 
-def fingerprint(config: ModelConfig, rope: Rope, tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+def fingerprint(config: ModelConfig, rope: Rope, samples: Mapping[str, str]) -> str:
     """sha256, as hex, over the config and per tensor its name, shape, dtype and at most 64 KiB of its bytes.
 
     Args:
       config: fields that change no key or value are left out.
-      rope: its frequencies and scaling count.
-      tensors: checkpoint name and contents as stored, in any order.
+      rope: counts by its parameters, whose frequencies may differ in the last bit from machine to machine.
+      samples: checkpoint name to `sample` of the tensor as stored.
     """
     fields = {name: value for name, value in vars(config).items() if name not in _IRRELEVANT}
-    fields["rope"] = [
-        np.asarray(rope.inv_freq).tolist(),
-        rope.attention_factor,
-        None if rope.dynamic is None else vars(rope.dynamic),
-    ]
+    frequencies = rope.parameters or np.asarray(rope.inv_freq).tolist()
+    fields["rope"] = [frequencies, None if rope.dynamic is None else vars(rope.dynamic)]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    samples = {name: f"{array.shape} {array.dtype} {_sample(array)}" for name, array in tensors}
     for name in sorted(samples):
         digest.update(f"{name} {samples[name]}\n".encode())
     return digest.hexdigest()
 
 
-def _sample(array: np.ndarray) -> str:
-    """sha256 of the first, last and evenly spread pages of a tensor's bytes."""
+def sample(array: np.ndarray) -> str:
+    """Shape, dtype and sha256 of the first, last and evenly spread pages of a tensor's bytes."""
     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    if content.size <= PAGES * PAGE_BYTES:
-        return hashlib.sha256(content).hexdigest()
-    digest = hashlib.sha256()
-    for start in np.linspace(0, content.size - PAGE_BYTES, PAGES).astype(np.int64):
-        digest.update(content[start : start + PAGE_BYTES])
-    return digest.hexdigest()
+    if content.size > PAGES * PAGE_BYTES:
+        starts = [page * (content.size - PAGE_BYTES) // (PAGES - 1) for page in range(PAGES)]
+        content = np.concatenate([content[start : start + PAGE_BYTES] for start in starts])
+    return f"{array.shape} {array.dtype} {hashlib.sha256(content).hexdigest()}"
 
 
 def of_model(model: LoadedModel) -> str:
-    """The fingerprint of a model in memory: that of the checkpoint `save` would write in the model's own dtype."""
-    return fingerprint(model.config, model.rope, checkpoint_tensors(model))
+    """The fingerprint of a model in memory: that of the checkpoint `save` writes in the model's own dtype."""
+    return fingerprint(model.config, model.rope, {name: sample(x) for name, x in checkpoint_tensors(model)})
 
 
 def checkpoint_tensors(model: LoadedModel) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Plain forward passes without a cache: what the cache is measured against, and where calibration gets its K and V.
+"""Plain forward passes without a cache: the yardstick of the cache, and calibration's source of K and V.
 
 B batch, S tokens, L layers, K kv heads, G query heads per kv head, H head size, V vocabulary.
 """
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from kvjax.model.llama import LoadedModel
 from kvjax.model.rope import cos_sin, rotate
 
-# Scores are [B, K, G, queries, keys] float32. Up to this many queries they are formed at once, which is the definition
-# and the fastest way; longer texts go through in pieces of this many queries, so that memory grows with S, not S * S.
+# Scores are [B, K, G, queries, keys] float32. Up to this many queries they are formed at once, as in the definition;
+# longer texts go through in pieces of this many queries, so that memory grows with S and not with S * S.
 QUERIES_AT_ONCE = 2048
 
 
@@ -22,7 +22,7 @@ def causal_attention(q, k, v, q_positions, k_positions, sliding_window: int | No
 
         out = softmax(q k^T / sqrt(H) over keys with 0 <= q_position - k_position < sliding_window) v
 
-    A key is hidden by a position beyond every query's (padding). A query that sees no key gets a mean of all values.
+    A position beyond every query's hides a key (padding). A query that sees no key gets the mean of all values.
 
     Args:
       q: `[B, S, K, G, H]`, rotated.
@@ -36,9 +36,7 @@ def causal_attention(q, k, v, q_positions, k_positions, sliding_window: int | No
       `[B, S, K, G, H]` in the dtype of `q`.
     """
     dtype = q.dtype
-    q, k, v = (
-        x.astype(jnp.float32) for x in (q, k, v)
-    )  # exact; `kv_map` may return k and v in its own dtype
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))  # exact; `kv_map` may return k and v in its own dtype
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k) * q.shape[-1] ** -0.5
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     visible = distance >= 0
@@ -53,16 +51,16 @@ def forward(model: LoadedModel, tokens, kv_map: Callable | None = None, probe=No
     """Logits of every position, all tokens attending to each other's K and V.
 
     Compiled once per shape. With `kv_map` it is traced as it stands: wrap the call in `jax.jit` yourself.
-    Up to 2048 tokens the scores `[B, K, G, S, S]` of one layer are formed at once; beyond, 2048 queries at a time.
+    Up to 2048 tokens one layer's scores `[B, K, G, S, S]` are formed at once; beyond, 2048 queries at a time.
 
     Args:
       model: the model.
-      tokens: integers `[B, S]`; rows shorter than S are padded on the right, which causality keeps out of sight
-        (except with dynamic NTK, where S is the length of every row).
-      kv_map: `(layer, k, v) -> (k, v, k_is_rotated)`, what attention sees instead of k (before the rotary embedding)
-        and v, both `[B, S, K, H]`; `k_is_rotated` is a Python bool. `layer` is traced. None: identity.
-      probe: `(dk, dv)`, each `[L, B, S, K, H]`, added to k (before the rotary embedding) and v before `kv_map`. The
-        gradient of a loss with respect to a zero probe is the loss's gradient with respect to K and V.
+      tokens: integers `[B, S]`; rows shorter than S are padded on the right, where causality hides the padding
+        (but dynamic NTK takes S as the length of every row).
+      kv_map: `(layer, k, v) -> (k, v, k_is_rotated)`, what attention sees instead of k (before the rotary
+        embedding) and v, both `[B, S, K, H]`; `layer` is traced, `k_is_rotated` a Python bool. None: identity.
+      probe: `(dk, dv)`, each `[L, B, S, K, H]`, added to k (before the rotary embedding) and v, before `kv_map`.
+        The gradient of a loss with respect to a zero probe is its gradient with respect to K and V.
 
     Returns:
       `[B, S, V]` float32.
@@ -112,7 +110,7 @@ _forward_jit = jax.jit(_forward, static_argnames=("kv_map", "keep_kv"))
 def _attention(q, k, v, positions, sliding_window) -> jax.Array:
     """`causal_attention` of a text with itself, in pieces of queries if it is long."""
 
-    # The backward pass computes the scores again: kept for all layers they would outgrow everything else in memory.
+    # The backward pass computes the scores again: kept for all layers they would outgrow all else in memory.
     @functools.partial(jax.checkpoint, prevent_cse=False)  # unneeded inside a scan, where it only costs time
     def attend(q, q_positions):
         return causal_attention(q, k, v, q_positions, positions, sliding_window)
@@ -124,8 +122,6 @@ def _attention(q, k, v, positions, sliding_window) -> jax.Array:
     padding = pieces * QUERIES_AT_ONCE - length
     q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0)))
     q = q.reshape(q.shape[0], pieces, QUERIES_AT_ONCE, *q.shape[2:]).swapaxes(0, 1)
-    q_positions = (
-        jnp.pad(positions, ((0, 0), (0, padding))).reshape(1, pieces, QUERIES_AT_ONCE).swapaxes(0, 1)
-    )
+    q_positions = jnp.pad(positions, ((0, 0), (0, padding))).reshape(1, pieces, QUERIES_AT_ONCE).swapaxes(0, 1)
     out = jax.lax.map(lambda piece: attend(*piece), (q, q_positions))
     return out.swapaxes(0, 1).reshape(q.shape[1], pieces * QUERIES_AT_ONCE, *q.shape[3:])[:, :length]

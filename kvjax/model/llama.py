@@ -1,8 +1,8 @@
-"""Llama 1 to 3.x and Mistral as one Flax NNX module over `[L, ...]` weight stacks, and the loaded model around it.
+"""Llama 1 to 3.x and Mistral as one Flax NNX module over `[L, ...]` weight stacks, and the model around it.
 
-Axis letters: L layers, D width, F MLP width, K kv heads, G query heads per kv head, H head size, V vocabulary.
-Weights keep the order of the checkpoint (outputs before inputs), so loading only reshapes; heads have their own axis,
-so that tensor parallelism can shard K.
+L layers, D width, F MLP width, K kv heads, G query heads per kv head, H head size, V vocabulary.
+Weights keep the order of the checkpoint (outputs before inputs), so loading only reshapes; heads have an axis of
+their own, so that tensor parallelism can shard K.
 """
 
 import dataclasses
@@ -88,8 +88,8 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class Llama(nnx.Module):
     """A Llama or Mistral decoder without its attention: the caller computes `out` between `qkv` and `finish`.
 
-    `layer` is a Python or a traced integer. Activations `[..., D]` have any leading axes and stay in the model's
-    dtype; matrix products accumulate in float32, RMSNorm computes in float32.
+    `layer` is a Python or a traced integer. Activations `[..., D]` have any leading axes and the model's dtype;
+    matrix products accumulate in float32, RMSNorm computes in float32.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
@@ -135,9 +135,8 @@ class Llama(nnx.Module):
         h = _rms_norm(x, self._at("mlp_norm", layer), self.config.norm_eps)
         gate = _project("...d,fd->...f", h, self._at("gate", layer), self._at("gate_bias", layer))
         up = _project("...d,fd->...f", h, self._at("up", layer), self._at("up_bias", layer))
-        return x + _project(
-            "...f,df->...d", nnx.silu(gate) * up, self._at("down", layer), self._at("down_bias", layer)
-        )
+        hidden = nnx.silu(gate) * up
+        return x + _project("...f,df->...d", hidden, self._at("down", layer), self._at("down_bias", layer))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and output head: activations `[..., D]` to logits `[..., V]` float32."""
@@ -152,7 +151,7 @@ class Llama(nnx.Module):
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    """RMSNorm (arXiv 1910.07467, section 4): x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     weight = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
@@ -178,7 +177,7 @@ def _graphdef(config: ModelConfig) -> nnx.GraphDef:
 class LoadedModel:
     """A model ready for use: weights and rotary frequencies as leaves, everything else static.
 
-    `module()` gives the `Llama` to call; use it inside `jax.jit` with the LoadedModel as an argument, so that the
+    `module()` gives the `Llama` to call. Use it inside `jax.jit` with the LoadedModel as an argument: then the
     weights are inputs of the compiled function and not constants in it.
 
     Attributes:
@@ -191,7 +190,7 @@ class LoadedModel:
 
     state: Leaf
     rope: Rope
-    config: ModelConfig = jax.tree.static()
+    config: ModelConfig = jax.tree.static()  # noqa: RUF009
     path: str | None = jax.tree.static(default=None)
     file_fingerprint: str | None = jax.tree.static(default=None)
 
@@ -205,7 +204,7 @@ class LoadedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies config and weights: sha256 over samples (`kvjax.model.fingerprint`). Not for use inside jit."""
+        """Names config and weights: sha256 over samples (`kvjax.model.fingerprint`). Not for use inside jit."""
         if self.file_fingerprint is not None:
             return self.file_fingerprint
         from kvjax.model.fingerprint import of_model  # imports this module
@@ -220,5 +219,5 @@ class LoadedModel:
         return load_tokenizer(self.path, self.config)
 
     def with_state(self, state: dict) -> "LoadedModel":
-        """The same model with other weights (a training step's): keeps the tokenizer, drops the files' fingerprint."""
+        """The same model with other weights, say of a training step; drops the fingerprint of the files."""
         return dataclasses.replace(self, state=state, file_fingerprint=None)

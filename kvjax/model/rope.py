@@ -6,8 +6,8 @@ The convention is Hugging Face's "half split": channel i turns with channel i + 
 
 Sources: RoPE (Su et al., arXiv 2104.09864, section 3.4), linear interpolation (Chen et al., arXiv 2306.15595,
 section 3.3), dynamic NTK and YaRN (Peng et al., arXiv 2309.00071, sections 3.1 to 3.4), llama3 (the Llama 3.1
-release). Where the papers leave a choice, transformers 5.23 (`modeling_rope_utils`) decides it: checkpoints are
-published against it.
+release). Where the papers leave a choice, transformers 5.23 (`modeling_rope_utils`) decides it, because
+checkpoints are published against it.
 """
 
 import dataclasses
@@ -126,6 +126,8 @@ def rope_from_config(config) -> Rope:
     max_positions = config.get("max_position_embeddings", 2048)
     # `rope_scaling` first: transformers lets it win when a converted config carries both.
     parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if nested := [name for name, value in parameters.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"`rope_parameters` differs by layer type ({', '.join(nested)}); that is not supported.")
     parameters.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     if config.get("partial_rotary_factor") is not None:
         parameters.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
@@ -145,13 +147,11 @@ def make_rope(head_dim: int, max_positions: int, **parameters) -> Rope:
     parameters = {name: value for name, value in parameters.items() if value is not None}
     legacy_type = parameters.pop("type", "default")
     kind = parameters.setdefault("rope_type", legacy_type)
-    theta = float(parameters.setdefault("rope_theta", 10000.0))
+    theta = parameters["rope_theta"] = float(parameters.get("rope_theta", 10000.0))
     if kind not in SUPPORTED:
         raise ValueError(f"`rope_type={kind!r}` is not supported; supported are {', '.join(SUPPORTED)}.")
     if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            "`partial_rotary_factor` below 1 is not supported; every channel of a head must be rotated."
-        )
+        raise ValueError("`partial_rotary_factor` below 1 is not supported; every channel of a head must be rotated.")
     if head_dim % 2:
         raise ValueError(f"`head_dim={head_dim}` must be even: rotary embedding turns pairs of channels.")
     if kind in ("yarn", "llama3"):
@@ -184,7 +184,8 @@ def make_rope(head_dim: int, max_positions: int, **parameters) -> Rope:
 def _yarn(plain, theta, head_dim, max_positions, parameters) -> tuple[np.ndarray, float]:
     """YaRN (arXiv 2309.00071, 3.2): fast channels are kept, slow ones interpolated, with a ramp between."""
     original = _number(parameters, "original_max_position_embeddings", "yarn")
-    factor = float(parameters.get("factor", max_positions / original))
+    parameters.setdefault("factor", max_positions / original)
+    factor = _number(parameters, "factor", "yarn")
 
     def channel_of(rotations):  # the (real) channel that turns `rotations` times within the original context
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))

@@ -10,21 +10,16 @@ from kvjax.model.config import ModelConfig
 def load_tokenizer(path: str | None, config: ModelConfig):
     """A transformers tokenizer from a model's directory.
 
-    A directory with nothing but tokenizer.json gets that tokenizer as it is, with bos and eos from the config.
+    A directory that has only tokenizer.json gets that tokenizer as it is, with bos and eos from the config.
 
     Raises:
-      ValueError, FileNotFoundError: one line, if the model has no directory or the directory no usable tokenizer.
+      ValueError, FileNotFoundError: one line, if there is no directory or no usable tokenizer in it.
     """
     if path is None:
-        raise ValueError(
-            "this model was built in memory and has no tokenizer; load one from a directory that has."
-        )
+        raise ValueError("this model was built in memory and has no tokenizer; load one from a directory that has.")
     directory = Path(path)
     whole = directory / "tokenizer.json"
-    if not any(
-        (directory / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise FileNotFoundError(
             f"{directory} has no tokenizer.json or tokenizer.model; copy the model's tokenizer there."
         )

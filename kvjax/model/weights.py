@@ -12,8 +12,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from kvjax.model.checkpoint import DTYPES, Checkpoint
-from kvjax.model.config import ModelConfig, read_config
-from kvjax.model.fingerprint import checkpoint_tensors, fingerprint
+from kvjax.model.config import ModelConfig, complete, read_config
+from kvjax.model.fingerprint import checkpoint_tensors, fingerprint, sample
 from kvjax.model.llama import WEIGHTS, Llama, LoadedModel, WeightSpec, weight_shapes
 from kvjax.model.rope import Rope, rope_from_config
 
@@ -22,26 +22,31 @@ ASSETS = Path(__file__).parent.parent / "assets"
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
+Place = Callable[[str, np.ndarray], jax.Array]
 
-def load(source, dtype=None) -> LoadedModel:
+
+def load(source, dtype=None, place: Place | None = None) -> LoadedModel:
     """Loads a Llama or Mistral model.
 
-    Tensors go one by one from the memory-mapped file into their `[L, ...]` stack, so the host holds the model and at
-    most one stack more.
+    Tensors go one by one from the memory-mapped file into their `[L, ...]` stack, so the host holds at most one
+    stack besides the model.
 
     Args:
       source: "tiny" (ships with the library), a directory in Hugging Face layout, or a hub id such as
         "meta-llama/Llama-3.2-1B" (downloaded through huggingface_hub, or taken from its cache).
-      dtype: of weights and activations: float32, bfloat16 or float16. None: the checkpoint's dtype on GPU and TPU,
-        float32 on CPU, where bfloat16 matrix products are slow.
+      dtype: of weights and activations: float32, bfloat16 or float16. None: the checkpoint's dtype on GPU and
+        TPU, float32 on CPU, where bfloat16 matrix products are slow.
+      place: weight name and host array to device array; None: the default device. For a model larger than one
+        device, say `lambda name, x: jax.device_put(x, shardings[name])`.
 
     Raises:
-      ValueError, FileNotFoundError: one line naming the file and tensor, or the setting that is not supported.
+      ValueError, FileNotFoundError: one line naming the file and tensor, or the setting without support.
     """
     directory = _find(source)
     raw = read_config(directory)
     try:
-        config, rope = ModelConfig.from_transformers(raw), rope_from_config(raw)
+        fields = complete(raw)
+        config, rope = ModelConfig.from_transformers(fields), rope_from_config(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
     with Checkpoint(directory) as checkpoint:
@@ -49,31 +54,40 @@ def load(source, dtype=None) -> LoadedModel:
         if dtype is None:
             on_cpu = jax.default_backend() == "cpu"
             dtype = np.float32 if on_cpu else checkpoint.dtypes[WEIGHTS["embedding"].tensor]
-        state = stack_weights(config, checkpoint.read, dtype)
-        wanted = (name for name in checkpoint if name in set(_tensor_names(config)))
-        identity = fingerprint(config, rope, ((name, checkpoint.read(name)) for name in wanted))
-    return LoadedModel(state, jax.device_put(rope), config, str(directory), identity)
+        samples: dict[str, str] = {}
+
+        def read(name):
+            tensor = checkpoint.read(name)
+            samples[name] = sample(tensor)
+            return tensor
+
+        state = stack_weights(config, read, dtype, place)
+    return LoadedModel(state, jax.device_put(rope), config, str(directory), fingerprint(config, rope, samples))
 
 
-def stack_weights(config: ModelConfig, read: Callable[[str], np.ndarray], dtype) -> dict[str, jax.Array]:
+def stack_weights(
+    config: ModelConfig, read: Callable[[str], np.ndarray], dtype, place: Place | None = None
+) -> dict[str, jax.Array]:
     """Builds a model's state from checkpoint tensors.
 
     Args:
       config: says which weights there are.
       read: checkpoint name to tensor, `[outputs, inputs]` or `[outputs]`.
       dtype: of the result.
+      place: as for `load`.
     """
     dtype = check_dtype(dtype)
+    place = place or (lambda name, array: jnp.asarray(array))
     state = {}
     for name, shape in weight_shapes(config).items():
         spec = WEIGHTS[name]
         if not spec.stacked:
-            state[name] = jnp.asarray(read(spec.tensor).reshape(shape).astype(dtype))
+            state[name] = place(name, read(spec.tensor).reshape(shape).astype(dtype))
             continue
         stack = np.empty(shape, dtype)
         for layer in range(config.layers):
             stack[layer] = read(spec.tensor.format(layer)).reshape(shape[1:])
-        state[name] = jnp.asarray(stack)
+        state[name] = place(name, stack)
     return state
 
 
@@ -121,19 +135,13 @@ def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, directory: Path)
     expected = _tensor_names(config)
     for name, shape in expected.items():
         if name not in checkpoint:
-            raise ValueError(
-                f"{directory} has no tensor {name}, which its config.json asks for; download the checkpoint again."
-            )
+            raise ValueError(f"{directory} has no tensor {name}, which its config.json asks for; download it again.")
         if checkpoint.shapes[name] != shape:
             raise ValueError(
-                f"{checkpoint.path(name)}: {name} has shape {checkpoint.shapes[name]}, but config.json implies {shape}."
+                f"{checkpoint.path(name)}: {name} has shape {checkpoint.shapes[name]}; config.json implies {shape}."
             )
     for name in checkpoint:
-        if (
-            name not in expected
-            and not _IGNORED.fullmatch(name)
-            and not _is_tied_head(checkpoint, name, config)
-        ):
+        if name not in expected and not _IGNORED.fullmatch(name) and not _is_tied_head(checkpoint, name, config):
             raise ValueError(
                 f"{checkpoint.path(name)}: tensor {name} is not part of the model that config.json describes."
             )
@@ -203,6 +211,6 @@ def _download(hub_id: str) -> Path:
     except Exception as error:  # network, authorisation and unknown names each have their own types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         raise FileNotFoundError(
-            f"`source={hub_id!r}` is no directory and huggingface_hub cannot fetch it ({reason}); check the name and "
-            f"the network, run `hf auth login` for a gated model, or pass a local directory."
+            f"`source={hub_id!r}` is no directory and huggingface_hub cannot fetch it ({reason}); check the name "
+            f"and the network, run `hf auth login` for a gated model, or pass a local directory."
         ) from None
