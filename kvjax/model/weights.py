@@ -132,7 +132,7 @@ def check_dtype(dtype) -> np.dtype:
 
 def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, directory: Path):
     """Every tensor there, none too many, all of the shape that the config implies."""
-    expected = _tensor_names(config)
+    expected = tensor_shapes(config)
     for name, shape in expected.items():
         if name not in checkpoint:
             raise ValueError(f"{directory} has no tensor {name}, which its config.json asks for; download it again.")
@@ -160,7 +160,7 @@ def _is_tied_head(checkpoint: Checkpoint, name: str, config: ModelConfig) -> boo
     return True
 
 
-def _tensor_names(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Checkpoint name to shape of every tensor that the config asks for."""
     expected = {}
     for name, shape in weight_shapes(config).items():
