@@ -34,9 +34,7 @@ def weighted_kmeans(points, weights, clusters: int) -> tuple[np.ndarray, float]:
     """
     points, weights = np.asarray(points, np.float64), np.asarray(weights, np.float64)
     if points.ndim != 1 or points.shape != weights.shape:
-        raise ValueError(
-            f"`points` {points.shape} and `weights` {weights.shape} must be vectors of one length."
-        )
+        raise ValueError(f"`points` {points.shape} and `weights` {weights.shape} must be vectors of one length.")
     if not (np.isfinite(points).all() and np.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError("`points` and `weights` must be finite and no weight negative.")
     scale = weights.max(initial=0.0)
@@ -73,9 +71,7 @@ def _partition(points: np.ndarray, weights: np.ndarray, clusters: int) -> np.nda
     n = len(points)
     # About the mean, S - X^2/W loses fewest digits.
     x = points - np.average(points, weights=weights)
-    w_sum, x_sum, s_sum = (
-        np.concatenate([[0.0], np.cumsum(v)]) for v in (weights, weights * x, weights * x**2)
-    )
+    w_sum, x_sum, s_sum = (np.concatenate([[0.0], np.cumsum(v)]) for v in (weights, weights * x, weights * x**2))
 
     def cost(i, j):
         total = x_sum[j] - x_sum[i]

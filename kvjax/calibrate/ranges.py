@@ -39,9 +39,7 @@ def init_tails(shape: tuple[int, ...], tokens: int, outlier_fraction: float) -> 
     They answer `range_of` for any fraction up to `outlier_fraction`.
     """
     if tokens < 1:
-        raise ValueError(
-            f"`tokens={tokens}`: a range needs at least one calibration token besides the sinks."
-        )
+        raise ValueError(f"`tokens={tokens}`: a range needs at least one calibration token besides the sinks.")
     _check_fraction(outlier_fraction)
     kept = min(math.ceil(outlier_fraction / 2 * (tokens - 1)) + 2, tokens)
     return Tails(

@@ -50,9 +50,7 @@ def test_the_papers_weights_minimise_the_papers_objective(synthetic, bits):
     for name, other in error.items():
         if name != "fisher*s2":
             assert (error["fisher*s2"] < other * 0.99).all(), name
-    optimum = [
-        weighted_kmeans(n.reshape(-1), g.reshape(-1) ** 2, 2**bits)[1] for n, g in zip(*elements, strict=True)
-    ]
+    optimum = [weighted_kmeans(n.reshape(-1), g.reshape(-1) ** 2, 2**bits)[1] for n, g in zip(*elements, strict=True)]
     np.testing.assert_allclose(error["fisher*s2"], optimum, rtol=1e-4)
 
 
