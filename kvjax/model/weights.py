@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,8 @@ def save(model: LoadedModel, directory, dtype=None) -> Path:
     (directory / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors = {name: np.ascontiguousarray(value.astype(dtype)) for name, value in checkpoint_tensors(model)}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    # safetensors writes a private temporary file; the model shall be as readable as its config.
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")
     return directory
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "model")]
 
-import variants
+import variants  # noqa: E402
 
 
 def main():

@@ -1,0 +1,27 @@
+"""Converts a llama2.c checkpoint and its tokenizer to the Hugging Face layout, for kvjax and transformers.
+
+python scripts/convert_llama2c.py stories260K.bin tok512.bin --out runs/stories260K
+"""
+
+import argparse
+import sys
+
+from kvjax.model.llama2c import convert
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="llama2.c model, legacy format (version 0)")
+    parser.add_argument("tokenizer", help="its llama2.c tokenizer.bin")
+    parser.add_argument("--out", required=True, metavar="DIRECTORY", help="made if missing")
+    args = parser.parse_args()
+    try:
+        print(convert(args.checkpoint, args.tokenizer, args.out))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
