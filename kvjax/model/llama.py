@@ -92,17 +92,11 @@ class Llama(nnx.Module):
     matrix products accumulate in float32, RMSNorm computes in float32.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
-        """Random weights: normal(0, initializer_range) matrices, zero biases, unit norms."""
+    def __init__(self, config: ModelConfig):
+        """The structure, with weights of zero: `weights.load` and `weights.init_random` make the real ones."""
         self.config = config
         for name, shape in weight_shapes(config).items():
-            if name.endswith("_bias"):
-                value = jnp.zeros(shape, dtype)
-            elif name.endswith("norm"):
-                value = jnp.ones(shape, dtype)
-            else:
-                value = (jax.random.normal(rngs.params(), shape) * config.initializer_range).astype(dtype)
-            setattr(self, name, nnx.Param(value))
+            setattr(self, name, nnx.Param(jnp.zeros(shape)))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Token ids `[...]` to activations `[..., D]`."""
@@ -169,7 +163,7 @@ def _project(equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | N
 @functools.lru_cache(maxsize=64)
 def _graphdef(config: ModelConfig) -> nnx.GraphDef:
     """The module's structure without weights; split once per config, then only merged."""
-    return nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: Llama(config)))[0]
 
 
 @jax.tree_util.register_dataclass

@@ -3,19 +3,19 @@
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors.numpy import save_file
 
 from kvjax.model.checkpoint import DTYPES, Checkpoint
 from kvjax.model.config import ModelConfig, complete, read_config
 from kvjax.model.fingerprint import checkpoint_tensors, fingerprint, sample
-from kvjax.model.llama import WEIGHTS, Llama, LoadedModel, WeightSpec, weight_shapes
+from kvjax.model.llama import WEIGHTS, LoadedModel, WeightSpec, weight_shapes
 from kvjax.model.rope import Rope, rope_from_config
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -93,10 +93,24 @@ def stack_weights(
 
 
 def init_random(config: ModelConfig, rope: Rope, seed: int, dtype=jnp.float32) -> LoadedModel:
-    """A model with random weights: normal(0, initializer_range) matrices, zero biases, unit norms."""
+    """A model with random weights: normal(0, initializer_range) matrices, zero biases, unit norms.
+
+    Drawn by numpy, so that a seed means the same weights on every backend and version of JAX, and nothing compiles.
+    Every weight has a stream of its own: those that two configs share are equal.
+    """
     dtype = check_dtype(dtype)
-    make = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(Llama(config, nnx.Rngs(key), dtype))))
-    return LoadedModel(make(jax.random.key(seed)), jax.device_put(rope), config)
+    state = {}
+    for name, shape in weight_shapes(config).items():
+        if name.endswith("_bias"):
+            value = np.zeros(shape, dtype)
+        elif name.endswith("norm"):
+            value = np.ones(shape, dtype)
+        else:
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            value = rng.standard_normal(shape, np.float32)
+            value *= np.float32(config.initializer_range)
+        state[name] = jnp.asarray(value.astype(dtype, copy=False))
+    return LoadedModel(state, jax.device_put(rope), config)
 
 
 def save(model: LoadedModel, directory, dtype=None) -> Path:

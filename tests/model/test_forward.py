@@ -1,0 +1,118 @@
+"""The forward pass around the logits: attention by hand, K/V maps, probes, long texts, low precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model.variants import VARIANTS, golden
+
+import kvjax.model.forward as forward_module
+from kvjax.model.config import ModelConfig
+from kvjax.model.forward import causal_attention, forward, forward_with_kv
+from kvjax.model.rope import cos_sin, make_rope, rotate
+from kvjax.model.weights import init_random
+
+CONFIG = ModelConfig(layers=2, width=32, mlp_width=48, q_heads=4, kv_heads=2, head_dim=16, vocab=64)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return init_random(CONFIG, make_rope(16, 64), seed=0)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)))
+
+
+def test_attention_by_hand():
+    """Two tokens, H=1: the second query scores ln 3 on key 0 and 0 on key 1, so it weighs the values 3 : 1."""
+    q = jnp.asarray([[5.0], [np.log(3.0)]]).reshape(1, 2, 1, 1, 1).astype(jnp.float32)
+    k = jnp.asarray([1.0, 0.0]).reshape(1, 2, 1, 1)
+    v = jnp.asarray([8.0, 4.0]).reshape(1, 2, 1, 1)
+    positions = jnp.asarray([[0, 1]])
+    out = causal_attention(q, k, v, positions, positions)
+    np.testing.assert_allclose(out.reshape(2), [8.0, 7.0], rtol=1e-6)
+    out = causal_attention(q, k, v, positions, positions, sliding_window=1)
+    np.testing.assert_allclose(out.reshape(2), [8.0, 4.0], rtol=1e-6)
+    hidden = jnp.asarray([[0, 1000]])  # a position beyond every query's
+    out = causal_attention(q, k, v, positions, hidden)
+    np.testing.assert_allclose(out.reshape(2), [8.0, 8.0], rtol=1e-6)
+
+
+def test_kv_of_the_forward_pass(model, tokens):
+    logits, k, v = forward_with_kv(model, tokens)
+    assert k.shape == v.shape == (2, 2, 12, 2, 16)
+    np.testing.assert_allclose(logits, forward(model, tokens), atol=1e-6)
+    llama = model.module()
+    _, k0, v0 = llama.qkv(0, llama.embed(tokens))
+    np.testing.assert_allclose(k[0], k0, atol=1e-6)
+    np.testing.assert_allclose(v[0], v0, atol=1e-6)
+
+
+def test_kv_map_replaces_what_attention_sees(model, tokens):
+    plain = forward(model, tokens)
+    cos, sin = cos_sin(model.rope, jnp.arange(12)[None])
+
+    def rotated(layer, k, v):
+        return rotate(k, cos[:, :, None], sin[:, :, None]), v, True
+
+    def without_last_layer(layer, k, v):
+        return k, v * (layer == 0).astype(v.dtype), False
+
+    def run(kv_map):
+        return jax.jit(lambda model, tokens: forward(model, tokens, kv_map))(model, tokens)
+
+    np.testing.assert_allclose(run(lambda layer, k, v: (k, v, False)), plain, atol=1e-6)
+    np.testing.assert_allclose(run(rotated), plain, atol=1e-6)
+    changed = run(without_last_layer)
+    blind = model.with_state({**model.state, "v": model.state["v"].at[1].set(0)})
+    np.testing.assert_allclose(changed, forward(blind, tokens), atol=1e-6)
+    assert np.abs(changed - plain).max() > 1e-6
+
+
+def test_probe_gradient_is_the_loss_gradient_of_k_and_v(model, tokens):
+    """Along a random direction the gradient predicts the central difference of the loss."""
+    shape = (2, 2, 12, 2, 16)
+    direction = tuple(jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.float32) for i in (1, 2))
+
+    @jax.jit
+    def loss(probe):
+        log_probabilities = jax.nn.log_softmax(forward(model, tokens, probe=probe)[:, :-1])
+        return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1).mean()
+
+    gradient = jax.grad(loss)(jax.tree.map(jnp.zeros_like, direction))
+    assert gradient[0].shape == gradient[1].shape == shape
+    step = 0.003  # a few percent of k and v
+    ahead, behind = (loss(jax.tree.map(lambda d, s=s: s * step * d, direction)) for s in (1, -1))
+    predicted = sum(float(jnp.vdot(g, d)) for g, d in zip(gradient, direction, strict=True))
+    assert (ahead - behind) / (2 * step) == pytest.approx(predicted, rel=0.02)
+    for part in gradient:  # no token after the last is predicted from it
+        assert np.all(np.asarray(part)[:, :, -1] == 0) and np.abs(part[:, :, 0]).min() > 0
+
+
+@pytest.mark.parametrize("name", ["plain", "mistral-window8"])
+def test_long_texts_go_through_in_pieces(monkeypatch, name):
+    variant = next(v for v in VARIANTS if v.name == name)
+    run, model = golden(variant), variant.loaded()
+    monkeypatch.setattr(forward_module, "QUERIES_AT_ONCE", 16)  # 44 tokens: two whole pieces and a part
+    logits = jax.jit(lambda m, t: forward(m, t, lambda layer, k, v: (k, v, False)))(model, run["tokens"][None])
+    np.testing.assert_allclose(logits[0], run["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_stays_close(dtype):
+    variant = VARIANTS[0]
+    run = golden(variant)
+    logits, k, v = forward_with_kv(variant.loaded(dtype), jnp.asarray(run["tokens"])[None])
+    assert logits.dtype == jnp.float32 and k.dtype == v.dtype == jnp.dtype(dtype)
+    error = np.abs(logits[0] - run["logits"])
+    assert error.mean() < {"bfloat16": 0.05, "float16": 0.01}[dtype]
+
+
+def test_gradients_with_respect_to_weights(model, tokens):
+    """Training differentiates the state; every weight matters."""
+    gradient = jax.jit(jax.grad(lambda state: forward(model.with_state(state), tokens).var()))(model.state)
+    assert gradient.keys() == model.state.keys()
+    for name, leaf in gradient.items():
+        assert np.abs(leaf).max() > 0, name
