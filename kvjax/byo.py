@@ -1,7 +1,7 @@
 """Bring your own model: a compressed cache behind any attention layer.
 
-Per layer `append` the new keys and values (before RoPE: the cache rotates where its codec wants it), then `attend`; once
-after the last layer `advance`. Nothing is consumed; donate the cache at your own outermost jit.
+Per layer `append` the new keys and values (before RoPE: the cache rotates where its codec wants it), then `attend`;
+once after the last layer `advance`. Nothing is consumed; donate the cache at your own outermost jit.
 """
 
 import dataclasses
@@ -110,12 +110,12 @@ def _attend(cache, index, layer, q, counts, mode):
 
 @jax.jit
 def _advance(cache, counts):
+    position = cache.length[:, None] + jnp.arange(cache.pending[0].shape[3], dtype=jnp.int32)[None, :]
     ks, vs = [], []
     for segment in cache.segments:
         part = slice(segment.first_layer, segment.first_layer + segment.layers)
         k, v = (x[part] for x in cache.pending)
         if not segment.k_codec.pre_rope:
-            position = cache.length[:, None] + jnp.arange(k.shape[3], dtype=jnp.int32)[None, :]
             k = jax.vmap(lambda k: _attention.rotate_tokens(cache.shape, k, position, cache.length + counts))(k)
         ks.append(k)
         vs.append(v)

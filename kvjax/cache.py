@@ -270,7 +270,9 @@ def write_layer(cache: KVCache, segment: Segment, layer: Any, k: jax.Array, v: j
         group = min(most, _SEAL_GROUP)
         groups = (newly.max() + group - 1) // group
         carry = (getattr(segment, name), dropped)
-        out[name], dropped = jax.lax.fori_loop(0, groups, lambda i, c, seal=seal: seal(i * group, group, c), carry)
+        out[name], dropped = jax.lax.fori_loop(
+            0, groups, lambda i, c, seal=seal, group=group: seal(i * group, group, c), carry
+        )
         rest = span(recent, x, recent_tokens, first_new, newly * cache.block, recent.shape[2])
         out[f"{name}_recent"] = getattr(segment, f"{name}_recent").at[layer].set(rest)
     return dataclasses.replace(segment, dropped=segment.dropped.at[layer].add(dropped), **out)
@@ -353,6 +355,7 @@ def check_room(cache: KVCache, counts: Any) -> None:
     row = int(need.argmax())
     if need[row] > cache.capacity:
         raise ValueError(
-            f"`capacity={cache.capacity}` tokens: row {row} holds {int(cache.length[row])} and would need {int(need[row])}; "
+            f"`capacity={cache.capacity}` tokens: row {row} holds {int(cache.length[row])} and would need "
+            f"{int(need[row])}; "
             "make the cache with a larger `capacity`, or crop it."
         )

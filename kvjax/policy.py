@@ -67,7 +67,8 @@ class Policy:
         layers = sum(segment.layers for segment in self.segments)
         if layers != shape.layers:
             raise ValueError(
-                f"`policy` {self.name!r} covers {layers} layers, but the model has {shape.layers}; make it for this model."
+                f"`policy` {self.name!r} covers {layers} layers, but the model has {shape.layers}; "
+                "make it for this model."
             )
         for segment in self.segments:
             for codec, params in ((segment.k_codec, segment.k_params), (segment.v_codec, segment.v_params)):
@@ -78,8 +79,8 @@ class Policy:
                 scale = (params or {}).get("scale")
                 if scale is not None and scale.shape[1:] != (shape.kv_heads, 1, shape.head_dim):
                     raise ValueError(
-                        f"`policy` {self.name!r} is fitted to {scale.shape[1]} kv heads of size {scale.shape[3]}, but the model "
-                        f"has {shape.kv_heads} of size {shape.head_dim}; calibrate it for this model."
+                        f"`policy` {self.name!r} is fitted to {scale.shape[1]} kv heads of size {scale.shape[3]}, "
+                        f"but the model has {shape.kv_heads} of size {shape.head_dim}; calibrate it for this model."
                     )
 
 

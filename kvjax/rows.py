@@ -41,8 +41,8 @@ def crop(cache: KVCache, lengths: Any) -> KVCache:
         if grouped and cut.any():
             row = int(cut.argmax())
             raise ValueError(
-                f"`lengths={new.tolist()}`: row {row} would cut a sealed block of {grouped[0].describe()}, whose exact values "
-                f"are gone; crop to {int(cache.recent_start(lengths)[row])} and append the rest again."
+                f"`lengths={new.tolist()}`: row {row} would cut a sealed block of {grouped[0].describe()}, "
+                f"whose exact values are gone; crop to {int(cache.recent_start(lengths)[row])} and append the rest again."
             )
     return _crop(cache, lengths)
 

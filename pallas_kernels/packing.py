@@ -38,21 +38,17 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     *lead, tokens, channels = codes.shape
     rows = packed_words(tokens, bits)
     fields = codes_per_cell(bits)
-    cells = tokens // fields
-    planes = codes.astype(jnp.uint32).reshape(*lead, fields, cells, channels)
-    words: list[jax.Array | None] = [None] * (rows // cells)
-
-    def put(word: int, value: jax.Array) -> None:
-        old = words[word]
-        words[word] = value if old is None else old | value
-
-    for field in range(fields):
-        word, offset = divmod(field * bits, 32)
-        plane = planes[..., field, :, :]
-        put(word, plane << jnp.uint32(offset))
-        if offset + bits > 32:  # 3 bits: the code's high bits open the next word
-            put(word + 1, plane >> jnp.uint32(32 - offset))
-    return jnp.stack([w for w in words if w is not None], axis=-3).reshape(*lead, rows, channels)
+    planes = codes.astype(jnp.uint32).reshape(*lead, fields, tokens // fields, channels)
+    words = []
+    for whole, straddling in _layout(bits):
+        first, last, offset = whole
+        shifts = _column(range(offset, offset + bits * (last - first), bits), planes.ndim)
+        # Fields are disjoint bits: their sum is their union.
+        word = (planes[..., first:last, :, :] << shifts).sum(-3, dtype=jnp.uint32)
+        for field, shift in straddling:
+            word = word | _shift(planes[..., field, :, :], shift)
+        words.append(word)
+    return jnp.stack(words, axis=-3).reshape(*lead, rows, channels)
 
 
 def unpack(words: jax.Array, bits: int) -> jax.Array:
@@ -61,13 +57,31 @@ def unpack(words: jax.Array, bits: int) -> jax.Array:
     fields = codes_per_cell(bits)
     words_per_cell = fields * bits // 32
     cells = rows // words_per_cell
-    planes = words.reshape(*lead, words_per_cell, cells, channels)
-    mask = jnp.uint32((1 << bits) - 1)
-    codes = []
-    for field in range(fields):
-        word, offset = divmod(field * bits, 32)
-        code = planes[..., word, :, :] >> jnp.uint32(offset)
-        if offset + bits > 32:
-            code = code | (planes[..., word + 1, :, :] << jnp.uint32(32 - offset))
-        codes.append((code & mask).astype(jnp.uint8))
-    return jnp.stack(codes, axis=-3).reshape(*lead, fields * cells, channels)
+    planes = words.reshape(*lead, words_per_cell, 1, cells, channels)
+    pieces: dict[int, jax.Array] = {}
+    for i, (whole, straddling) in enumerate(_layout(bits)):
+        word = planes[..., i, :, :, :]
+        first, last, offset = whole
+        pieces[first] = word >> _column(range(offset, offset + bits * (last - first), bits), word.ndim)
+        for field, shift in straddling:
+            part = _shift(word, -shift)
+            pieces[field] = pieces[field] | part if field in pieces else part
+    codes = jnp.concatenate([pieces[field] for field in sorted(pieces)], axis=-3)
+    return (codes & jnp.uint32((1 << bits) - 1)).astype(jnp.uint8).reshape(*lead, fields * cells, channels)
+
+
+def _layout(bits: int) -> list[tuple[tuple[int, int, int], list[tuple[int, int]]]]:
+    """Per word of a cell: (first field, one past the last, bit of the first) of the fields wholly inside, and the
+    straddling ones as (field, left shift), negative where their high bits go to the bottom of the word."""
+    if bits != 3:
+        return [((0, 32 // bits, 0), [])]
+    return [((0, 10, 0), [(10, 30)]), ((11, 21, 1), [(10, -2), (21, 31)]), ((22, 32, 2), [(21, -1)])]
+
+
+def _shift(x: jax.Array, left: int) -> jax.Array:
+    return x << jnp.uint32(left) if left >= 0 else x >> jnp.uint32(-left)
+
+
+def _column(values: range, ndim: int) -> jax.Array:
+    """`values` along axis -3."""
+    return jnp.asarray(list(values), jnp.uint32).reshape((1,) * (ndim - 3) + (-1, 1, 1))

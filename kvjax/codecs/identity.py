@@ -8,13 +8,17 @@ import jax.numpy as jnp
 from kvjax.codecs.base import AbstractCodec, Leaf, Params, keep_tokens
 
 
+_STORED = {"bfloat16": jnp.uint16, "float16": jnp.uint16, "float32": jnp.uint32}
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseBlock:
     """`x = values`; costs the width of its type.
 
     Attributes:
-      values: `[..., K, T, H]` in the codec's dtype.
+      values: `[..., K, T, H]` in the codec's dtype; stored as unsigned integers of its width, because XLA on CPU
+        widens whole 16-bit float arrays to float32 around every update.
     """
 
     values: Leaf
@@ -37,10 +41,10 @@ class IdentityCodec(AbstractCodec):
         return block.values.astype(jnp.float32)
 
     def pack(self, block: DenseBlock) -> DenseBlock:
-        return block
+        return DenseBlock(jax.lax.bitcast_convert_type(block.values, _STORED[self.dtype]))
 
     def unpack(self, block: DenseBlock) -> DenseBlock:
-        return block
+        return DenseBlock(jax.lax.bitcast_convert_type(block.values, self.dtype))
 
     def bits_per_element(self, tokens: int, kv_heads: int, head_dim: int) -> float:
         return 8.0 * jnp.dtype(self.dtype).itemsize

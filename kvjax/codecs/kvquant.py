@@ -37,7 +37,7 @@ class NUQBlock:
 
     Attributes:
       codes: packed `[..., K, T * b / 32, H]` uint32; before packing `[..., K, T, H]` uint8.
-      scale, zero: float16, online ranges only: `[..., 1, T]` per token, `[..., K, H]` per channel of the block; else None.
+      scale, zero: float16, online ranges only: `[..., 1, T]` per token, `[..., K, H]` per channel; else None.
       slot_channel: `[..., K, s, T]` uint8, the outliers' channels; an unused slot has residual 0. None without slots.
       slot_residual: `[..., K, s, T]` float16.
     """
@@ -115,15 +115,17 @@ class _NUQCodec(AbstractCodec):
         return x
 
     def keep(self, old: NUQBlock, new: NUQBlock, kept: jax.Array) -> NUQBlock:
-        old, new = self.unpack(old), self.unpack(new)
-        axes = NUQBlock(codes=-2, scale=-1, zero=-1, slot_channel=-1, slot_residual=-1)
-        fields = {
-            name: None
-            if getattr(old, name) is None
-            else keep_tokens(getattr(old, name), getattr(new, name), kept, axis)
-            for name, axis in vars(axes).items()
+        tokens = 32 * old.codes.shape[-2] // self.bits
+        token = jax.lax.broadcasted_iota(jnp.int32, (1,) * kept.ndim + (1, tokens, 1), kept.ndim + 1)
+        is_kept = token < kept[..., None, None, None]
+        # A token's bits stay where they are, so whole words can be mixed without unpacking them.
+        mask = packing.pack(jnp.where(is_kept, jnp.uint8(2**self.bits - 1), jnp.uint8(0)), self.bits)
+        codes = (old.codes & mask) | (new.codes & ~mask)
+        rest = {
+            name: None if getattr(old, name) is None else keep_tokens(getattr(old, name), getattr(new, name), kept, -1)
+            for name in ("scale", "zero", "slot_channel", "slot_residual")
         }
-        return self.pack(NUQBlock(**fields))
+        return NUQBlock(codes, **rest)
 
     def _slot_bits(self, head_dim: int) -> float:
         return 24.0 * self.slots(head_dim) / head_dim
@@ -134,8 +136,8 @@ class NUQChannelCodec(_NUQCodec):
     """Keys: one range per channel. KVQuant sections 3.1 to 3.4.
 
     Attributes:
-      ranges: "offline" takes `params["scale"]` and `params["zero"]` `[K, 1, H]`; "block" measures them over the T tokens
-        of each block (the paper's online variant, Table 14, bounded to a block) and stores them, 32/T bits per element.
+      ranges: "offline" takes `params["scale"]` and `params["zero"]` `[K, 1, H]`; "block" measures them over the T
+        tokens of each block (the paper's online variant, Table 14, bounded to a block) and stores them, 32/T bits per element.
     """
 
     ranges: Literal["offline", "block"] = "offline"
@@ -292,7 +294,7 @@ def _outside(x, scale, zero, slots: int) -> tuple[jax.Array, jax.Array]:
 def _at(index: jax.Array, channels: int) -> jax.Array:
     """Mask `[..., H]` of the channels listed in `index[..., s]`; an index of `channels` marks none."""
     channel = jax.lax.broadcasted_iota(index.dtype, (1,) * (index.ndim - 1) + (channels,), index.ndim - 1)
-    mask = jnp.zeros(index.shape[:-1] + (channels,), bool)
+    mask = jnp.zeros((*index.shape[:-1], channels), bool)
     for s in range(index.shape[-1]):
         mask = mask | (index[..., s, None] == channel)
     return mask
