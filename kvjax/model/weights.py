@@ -79,17 +79,17 @@ def stack_weights(
     """
     dtype = check_dtype(dtype)
     place = place or (lambda name, array: jnp.asarray(array))
-    state = {}
-    for name, shape in weight_shapes(config).items():
-        spec = WEIGHTS[name]
+
+    def gather(spec: WeightSpec, shape: tuple[int, ...]) -> np.ndarray:
         if not spec.stacked:
-            state[name] = place(name, read(spec.tensor).reshape(shape).astype(dtype))
-            continue
+            return read(spec.tensor).reshape(shape).astype(dtype)
         stack = np.empty(shape, dtype)
         for layer in range(config.layers):
             stack[layer] = read(spec.tensor.format(layer)).reshape(shape[1:])
-        state[name] = place(name, stack)
-    return state
+        return stack
+
+    # No name holds on to a stack: the host forgets each one before it builds the next.
+    return {name: place(name, gather(WEIGHTS[name], shape)) for name, shape in weight_shapes(config).items()}
 
 
 def init_random(config: ModelConfig, rope: Rope, seed: int, dtype=jnp.float32) -> LoadedModel:
