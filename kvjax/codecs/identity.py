@@ -26,7 +26,7 @@ class DenseBlock:
 
 @dataclasses.dataclass(frozen=True)
 class IdentityCodec(AbstractCodec):
-    """Rounds to `dtype` ("bfloat16", "float16" or "float32") and stores that."""
+    """Rounds to `dtype` ("bfloat16", "float16" or "float32") and stores that; what float16 cannot hold saturates."""
 
     dtype: str = "bfloat16"
 
@@ -35,7 +35,8 @@ class IdentityCodec(AbstractCodec):
         return True
 
     def quantize(self, x: jax.Array, params: Params = None) -> DenseBlock:
-        return DenseBlock(x.astype(self.dtype))
+        limit = float(jnp.finfo(self.dtype).max)
+        return DenseBlock(jnp.clip(x.astype(jnp.float32), -limit, limit).astype(self.dtype))
 
     def dequantize(self, block: DenseBlock, params: Params = None) -> jax.Array:
         return block.values.astype(jnp.float32)

@@ -1,0 +1,293 @@
+"""The cache: same K/V, same bits, however they come; attention against a float64 oracle that knows no cache."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from cases import make_policy, random_kv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvjax import decode
+from kvjax.codecs import IdentityCodec, NUQChannelCodec, NUQTokenCodec
+from kvjax.model.rope import make_rope
+from kvjax.policy import Preset
+
+L, B, K, G, H, T = 2, 3, 2, 2, 16, 32
+CAPACITY = 160
+SHAPE = decode.CacheShape(L, K * G, K, H, make_rope(H, 2048))
+KVQUANT = Preset(NUQChannelCodec(bits=3, outliers=0.01, pre_rope=True), NUQTokenCodec(bits=3, outliers=0.01), sinks=1)
+PRESETS = {
+    "bf16": Preset(IdentityCodec(), IdentityCodec()),
+    "kvquant": KVQUANT,
+    "windowed": dataclasses.replace(KVQUANT, sinks=3, window=20),
+    "long-window": dataclasses.replace(KVQUANT, window=40),
+    # Keys with statistics over a block, as in KIVI: exact until their block is full.
+    "grouped": Preset(NUQChannelCodec(bits=4, table="uniform", ranges="block"), NUQTokenCodec(bits=4, table="uniform")),
+    "grouped-windowed": Preset(
+        NUQChannelCodec(bits=4, table="uniform", ranges="block", pre_rope=True),
+        NUQTokenCodec(bits=4, table="uniform"),
+        sinks=2,
+        window=T,
+    ),
+}
+presets = pytest.mark.parametrize("name", PRESETS)
+
+
+def make(name, shape=SHAPE, capacity=CAPACITY):
+    policy = make_policy(PRESETS[name], L, K, H)
+    return decode.init_cache(shape, policy, batch=B, capacity=capacity, block=T)
+
+
+def recorded(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return random_kv(rng, L, B, n, K, H), random_kv(rng, L, B, n, K, H), rng.normal(size=(L, B, n, K * G, H)).astype("f4")
+
+
+def window_of(x, start, size):
+    """Rows `start[b] .. start[b] + size` of `x[B, n, ...]`, clipped at the end."""
+    index = np.minimum(start[:, None] + np.arange(size), x.shape[1] - 1)
+    return np.stack([row[i] for row, i in zip(x, index, strict=True)])
+
+
+def feed(cache, k, v, sizes, lengths, q=None):
+    """Feeds `lengths[b]` tokens of each row in calls of the given padded sizes; with q, also collects attention."""
+    done = np.zeros(B, int)
+    outputs = np.full((*q.shape[:2], q.shape[2], K * G, H), np.nan) if q is not None else None
+    for size in sizes:
+        counts = np.minimum(size, lengths - done)
+        for layer in range(L):
+            cache = decode.append(cache, layer, window_of(k[layer], done, size), window_of(v[layer], done, size), counts)
+            if q is not None:
+                out = decode.attend(cache, layer, window_of(q[layer], done, size), counts)
+                for b in range(B):
+                    outputs[layer, b, done[b] : done[b] + counts[b]] = out[b, : counts[b]]
+        cache = decode.advance(cache, counts)
+        done = done + counts
+    assert (done == lengths).all()
+    return cache, outputs
+
+
+def stored(cache):
+    """What counts of a cache: sealed blocks, sinks, and the recent tokens that are there."""
+    out = [np.asarray(cache.length)]
+    held = np.asarray(cache.length - cache.recent_start(cache.length))
+    for segment in cache.segments:
+        out += [np.asarray(leaf) for leaf in jax.tree.leaves((segment.k, segment.v))]
+        for recent in (segment.k_recent, segment.v_recent):
+            out += [np.asarray(recent)[:, b, :, : max(held[b], 0)] for b in range(B)]
+        for sinks in (segment.k_sinks, segment.v_sinks):
+            out += [np.asarray(sinks)[:, b, :, : int(cache.length[b])] for b in range(B)]
+    return out
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(stored(a), stored(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+SIZES = (1, 7, 45, 130)  # each compiles once
+
+
+@presets
+@settings(max_examples=6)
+@given(data=st.data())
+def test_same_bits_however_the_tokens_come(name, data):
+    """Rows of different lengths around block boundaries, cut in any calls, equal one append (and one by one)."""
+    edges = [1, T - 1, T, T + 1, 2 * T, 2 * T + 1, 3 * T + 5, 130]
+    lengths = np.array([data.draw(st.sampled_from(edges)) for _ in range(B)])
+    k, v, _ = recorded(130)
+    whole, _ = feed(make(name), k, v, [130], lengths)
+    done, sizes = 0, []
+    while done < lengths.max():
+        sizes.append(data.draw(st.sampled_from(SIZES)))
+        done += sizes[-1]
+    pieces, _ = feed(make(name), k, v, sizes, lengths)
+    assert_same_bits(whole, pieces)
+
+
+@presets
+def test_one_by_one_equals_at_once(name):
+    lengths = np.array([T + 2, T, 2 * T + 3])
+    k, v, _ = recorded(130)
+    whole, _ = feed(make(name), k, v, [130], lengths)
+    single, _ = feed(make(name), k, v, [1] * lengths.max(), lengths)
+    assert_same_bits(whole, single)
+
+
+def rotate64(x, positions):
+    angle = positions[..., None] * np.asarray(SHAPE.rope.inv_freq, np.float64)
+    a, b = np.split(np.asarray(x, np.float64), 2, axis=-1)
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def oracle(preset, k, v, q, params, sliding_window=None):
+    """float64 attention of one row and layer: which face of each token each query sees, straight from design.md."""
+    n, s, w = k.shape[0], preset.sinks, preset.window
+    at = np.arange(n)
+    stored_k, stored_v = k.astype(np.float64).copy(), v.astype(np.float64).copy()
+    if not preset.keys.pre_rope:
+        k = rotate64(k, at[:, None]).astype(np.float32)
+        stored_k = k.astype(np.float64).copy()
+    padded = -(-(n - s) // T) * T
+    for codec, x, out, p in ((preset.keys, k, stored_k, params[0]), (preset.values, v, stored_v, params[1])):
+        if n > s:
+            blocks = np.concatenate([x[s:], np.zeros((padded - n + s, K, H), np.float32)])
+            blocks = blocks.reshape(-1, T, K, H).swapaxes(1, 2)
+            out[s:] = np.asarray(codec.roundtrip(blocks, p)).swapaxes(1, 2).reshape(-1, K, H)[: n - s]
+
+    def sees_stored(codec):
+        query, token = at[:, None], at[None, :]
+        if codec.token_local:
+            mask = token <= query - w if w else np.ones((n, n), bool)
+        else:
+            mask = ((token - s) // T + 1) * T + s <= query
+        return mask & (token >= s)
+
+    faces = [k.astype(np.float64), stored_k]
+    if preset.keys.pre_rope:
+        faces = [rotate64(x, at[:, None]) for x in faces]
+    visible = at[None, :] <= at[:, None]
+    if sliding_window:
+        visible &= at[:, None] - at[None, :] < sliding_window
+    queries = rotate64(q, at[:, None]) / np.sqrt(H)
+    out = np.zeros((n, K * G, H))
+    for h in range(K * G):
+        exact, coded = (queries[:, h] @ x[:, h // G].T for x in faces)
+        scores = np.where(visible, np.where(sees_stored(preset.keys), coded, exact), -np.inf)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        mask = sees_stored(preset.values)
+        out[:, h] = (p * mask) @ stored_v[:, h // G] + (p * ~mask) @ v[:, h // G].astype(np.float64)
+    return out
+
+
+def check_oracle(name, sizes, lengths, sliding_window=None):
+    k, v, q = recorded(130)
+    preset, policy = PRESETS[name], make_policy(PRESETS[name], L, K, H)
+    shape = dataclasses.replace(SHAPE, sliding_window=sliding_window)
+    _, got = feed(make(name, shape), k, v, sizes, lengths, q)
+    part = policy.segments[0]
+    for layer in range(L):
+        params = jax.tree.map(lambda p, layer=layer: p[layer], (part.k_params, part.v_params))
+        for b in range(B):
+            n = lengths[b]
+            wanted = oracle(preset, k[layer, b, :n], v[layer, b, :n], q[layer, b, :n], params, sliding_window)
+            # bf16 storage rounds differently from the oracle's, by at most one bit of 8.
+            tolerance = 2e-2 if name == "bf16" else 2e-4
+            np.testing.assert_allclose(got[layer, b, :n], wanted, rtol=tolerance, atol=tolerance)
+
+
+@presets
+def test_attention_equals_the_oracle_for_chunks_and_steps(name):
+    check_oracle(name, [45, 1, 1, 45, 7, 45], np.array([130, T + 14, 2 * T]))
+
+
+@pytest.mark.parametrize("name", ["kvquant", "grouped"])
+def test_sliding_window_hides_old_blocks(name):
+    check_oracle(name, [45, 45, 7, 1, 45], np.array([130, T + 14, 2 * T]), sliding_window=37)
+
+
+@presets
+def test_rows_do_not_depend_on_each_other(name):
+    k, v, q = recorded(70)
+    other_k, other_v, other_q = recorded(70, seed=1)
+    lengths, others = np.array([70, 40, 65]), np.array([70, 66, 3])
+    mixed = [np.stack([a[:, 0], b[:, 1], b[:, 2]], 1) for a, b in ((k, other_k), (v, other_v), (q, other_q))]
+    one, out_one = feed(make(name), k, v, [45, 45], lengths, q)
+    two, out_two = feed(make(name), mixed[0], mixed[1], [45, 45], others, mixed[2])
+    np.testing.assert_array_equal(out_one[:, 0, :70], out_two[:, 0, :70])
+    for x, y in zip(jax.tree.leaves(one.segments[0].k), jax.tree.leaves(two.segments[0].k), strict=True):
+        np.testing.assert_array_equal(x[:, 0], y[:, 0])
+
+
+@pytest.mark.parametrize("name", ["bf16", "kvquant", "windowed"])
+@pytest.mark.parametrize("kept", [0, 1, 20, T, T + 1, 2 * T - 1])
+def test_crop_then_append_stores_what_never_having_had_them_does(name, kept):
+    k, v, _ = recorded(130)
+    lengths = np.array([130, 100, 3 * T + 1])
+    full, _ = feed(make(name), k, v, [130], lengths)
+    cropped = decode.crop(full, np.full(B, kept))
+    assert cropped.length.tolist() == [kept] * B
+    rest = [x[:, :, kept:] for x in (k, v)]
+    again, _ = feed(cropped, *rest, [130], lengths - kept)
+    for x, y in zip(
+        jax.tree.leaves((full.segments[0].k, full.segments[0].v)),
+        jax.tree.leaves((again.segments[0].k, again.segments[0].v)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_crop_of_a_grouped_block_says_where_it_can_be_cut():
+    k, v, _ = recorded(130)
+    cache, _ = feed(make("grouped"), k, v, [130], np.array([130, 100, 97]))
+    with pytest.raises(ValueError, match="crop to 32"):
+        decode.crop(cache, [40, 100, 97])
+    assert decode.crop(cache, [64, 98, 97]).length.tolist() == [64, 98, 97]
+    with pytest.raises(ValueError, match="between 0 and"):
+        decode.crop(cache, [131, 1, 1])
+
+
+def test_fork_copies_every_leaf_and_shares_none():
+    k, v, q = recorded(70)
+    cache, out = feed(make("kvquant"), k, v, [45, 45], np.array([70, 40, 65]), q)
+    forked = decode.fork(cache, [2, 0])
+    assert forked.length.tolist() == [65, 70]
+    for x, y in zip(jax.tree.leaves(cache.segments[0].k), jax.tree.leaves(forked.segments[0].k), strict=True):
+        np.testing.assert_array_equal(np.asarray(x)[:, [2, 0]], y)
+    originals = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)}
+    assert not originals & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(forked)}
+    with pytest.raises(ValueError, match=r"rows 0 to 2"):
+        decode.fork(cache, [3])
+
+
+def test_a_full_row_is_an_error_that_loses_nothing_and_is_counted_under_jit():
+    k, v, _ = recorded(130)
+    cache = make("kvquant", capacity=90)
+    capacity = cache.capacity
+    cache, _ = feed(cache, k, v, [130], np.array([capacity, 50, 50]))
+    one = np.array([1, 1, 1])
+    for layer in range(L):
+        cache = decode.append(cache, layer, k[layer, :, :1], v[layer, :, :1], one)
+    with pytest.raises(ValueError, match=r"`capacity=97`.*row 0 holds 97 and would need 98"):
+        decode.advance(cache, one)
+    traced = jax.jit(decode.advance)(cache, one)
+    assert traced.length.tolist() == [97, 51, 51]
+    assert decode.statistics(traced)["overrun"] == 1
+    for x, y in zip(jax.tree.leaves(cache.segments[0].k), jax.tree.leaves(traced.segments[0].k), strict=True):
+        np.testing.assert_array_equal(x[:, 0], y[:, 0])
+
+
+def test_bytes_are_counted_from_the_arrays():
+    cache = make("kvquant")
+    segment = cache.segments[0]
+    blocks = segment.k.codes.shape[2]
+    assert blocks * T + 1 == cache.capacity >= CAPACITY
+    # Per token and head: 16 channels at 3 bits and one slot of 24 bits, for keys and values; 32 bits per token for values.
+    wanted = ((3 * H + 24) * 2 * K + 32) / (2 * K * H)
+    assert decode.bits_per_element(cache) == wanted
+    assert decode.nbytes(cache) == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 0}, "`batch=0`"),
+        ({"capacity": 0}, "`capacity=0`"),
+        ({"block": 48}, "`block=48` must be a positive multiple of 32"),
+    ],
+)
+def test_sizes_that_make_no_cache(arguments, message):
+    sizes = {"batch": 1, "capacity": 64, "block": 32} | arguments
+    with pytest.raises(ValueError, match=message):
+        decode.init_cache(SHAPE, make_policy(KVQUANT, L, K, H), **sizes)
+
+
+def test_a_policy_for_another_shape_is_refused():
+    with pytest.raises(ValueError, match="covers 3 layers"):
+        decode.init_cache(SHAPE, make_policy(KVQUANT, 3, K, H), batch=1, capacity=64)
+    with pytest.raises(ValueError, match="fitted to 2 kv heads of size 8"):
+        decode.init_cache(SHAPE, make_policy(KVQUANT, L, K, 8), batch=1, capacity=64)
