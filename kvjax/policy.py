@@ -6,6 +6,8 @@ layers and to fitted constants, ready for `kvjax.decode.init_cache`.
 
 import dataclasses
 import difflib
+import os
+from pathlib import Path
 from typing import Any
 
 from kvjax.cache import CacheShape
@@ -98,3 +100,47 @@ def preset(name: str) -> Preset:
         near = difflib.get_close_matches(name, PRESETS, n=4, cutoff=0.5) or list(PRESETS)
         raise ValueError(f"`quant={name}` is not a preset; the nearest are {', '.join(near)}.")
     return PRESETS[name]
+
+
+def policy(name: str, model: Any, calibration: Any = None, text: Any = None, progress: bool = True) -> Policy:
+    """The policy of preset `name` for a loaded model, calibrated.
+
+    A preset with fitted constants takes them from `calibration`, else from `calibration/NAME.safetensors` in the model's
+    directory, else from the user's cache; where there is none it calibrates now and keeps the result in that cache.
+
+    Args:
+      name: of a preset, as in "kvquant3".
+      model: from `kvjax.load`.
+      calibration: a file made by scripts/calibrate.py.
+      text: UTF-8 text file to calibrate on, now; without it the model writes its own text.
+      progress: show a progress bar while calibrating.
+
+    Raises:
+      ValueError, OSError: one line, for an unknown name, and for a calibration file that is damaged or was made for
+        another model, preset or rotary embedding.
+    """
+    chosen = preset(name)
+    layers = model.config.layers
+    if not chosen.needs_params:
+        return bind(name, chosen, layers)
+    from kvjax.calibrate import preset as calibrate  # needs this module, and Flax
+
+    if text is not None:
+        found = calibrate.calibrate(model, name, chosen, text=text, progress=progress)
+        return bind(name, chosen, layers, *found.params)
+    paths = [Path(calibration)] if calibration is not None else []
+    if not paths and model.path:
+        paths.append(Path(model.path) / "calibration" / f"{name}.safetensors")
+    cached = cache_directory() / model.fingerprint[:16] / f"{name}.safetensors"
+    for path in [*paths, cached]:
+        if path.is_file() or path in paths and calibration is not None:
+            return bind(name, chosen, layers, *calibrate.load(path, model, name, chosen).params)
+    found = calibrate.calibrate(model, name, chosen, progress=progress)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    calibrate.save(cached, found)
+    return bind(name, chosen, layers, *found.params)
+
+
+def cache_directory() -> Path:
+    """Where calibrations that were made on the way are kept: `$KVJAX_CACHE`, or `~/.cache/kvjax`."""
+    return Path(os.environ.get("KVJAX_CACHE") or Path.home() / ".cache" / "kvjax")
