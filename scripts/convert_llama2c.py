@@ -6,6 +6,8 @@ python scripts/convert_llama2c.py stories260K.bin tok512.bin --out runs/stories2
 import argparse
 import sys
 
+from _cli import one_line_errors
+
 from kvjax.model.llama2c import convert
 
 
@@ -15,11 +17,8 @@ def main() -> int:
     parser.add_argument("tokenizer", help="its llama2.c tokenizer.bin")
     parser.add_argument("--out", required=True, metavar="DIRECTORY", help="made if missing")
     args = parser.parse_args()
-    try:
+    with one_line_errors():
         print(convert(args.checkpoint, args.tokenizer, args.out))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +25,7 @@ class Checkpoint:
     def __init__(self, directory: Path):
         """Opens the headers of all files; raises one-line FileNotFoundError or ValueError naming the file."""
         self._files = contextlib.ExitStack()
-        self._slices: dict[str, tuple[Path, object]] = {}
+        self._slices: dict[str, tuple[Path, Any]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         listed = _listed_files(directory)

@@ -201,7 +201,7 @@ def _check_supported(raw: Mapping) -> str:
     """The model type of a config; refuses in one line what the model cannot compute."""
     named = next(iter(raw.get("architectures") or []), None)
     kind = raw.get("model_type")
-    if kind not in DEFAULTS or ARCHITECTURES.get(named, kind) != kind or (named and named not in ARCHITECTURES):
+    if kind not in DEFAULTS or (named is not None and ARCHITECTURES.get(named) != kind):
         raise ValueError(
             f"architecture {named or kind!r} is not supported; supported are {', '.join(ARCHITECTURES)} "
             f"(model_type llama or mistral)."

@@ -43,7 +43,7 @@ def sample(array: np.ndarray) -> str:
     if content.size > PAGES * PAGE_BYTES:
         starts = [page * (content.size - PAGE_BYTES) // (PAGES - 1) for page in range(PAGES)]
         content = np.concatenate([content[start : start + PAGE_BYTES] for start in starts])
-    return f"{array.shape} {array.dtype} {hashlib.sha256(content).hexdigest()}"
+    return f"{array.shape} {array.dtype} {hashlib.sha256(content.tobytes()).hexdigest()}"
 
 
 def of_model(model: LoadedModel) -> str:

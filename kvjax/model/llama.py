@@ -92,6 +92,10 @@ class Llama(nnx.Module):
     matrix products accumulate in float32, RMSNorm computes in float32.
     """
 
+    embedding: nnx.Param
+    norm: nnx.Param
+    head: nnx.Param  # absent where the embedding is tied
+
     def __init__(self, config: ModelConfig):
         """The structure, with weights of zero: `weights.load` and `weights.init_random` make the real ones."""
         self.config = config
@@ -109,9 +113,9 @@ class Llama(nnx.Module):
           q `[..., K, G, H]`, k `[..., K, H]`, v `[..., K, H]`.
         """
         h = _rms_norm(x, self._at("attention_norm", layer), self.config.norm_eps)
-        q = _project("...d,kghd->...kgh", h, self._at("q", layer), self._at("q_bias", layer))
-        k = _project("...d,khd->...kh", h, self._at("k", layer), self._at("k_bias", layer))
-        v = _project("...d,khd->...kh", h, self._at("v", layer), self._at("v_bias", layer))
+        q = self._project("...d,kghd->...kgh", h, "q", layer)
+        k = self._project("...d,khd->...kh", h, "k", layer)
+        v = self._project("...d,khd->...kh", h, "v", layer)
         return q, k, v
 
     def finish(self, layer, x: jax.Array, out: jax.Array) -> jax.Array:
@@ -125,12 +129,11 @@ class Llama(nnx.Module):
         Returns:
           `[..., D]`, the input of the next layer.
         """
-        x = x + _project("...kgh,dkgh->...d", out, self._at("o", layer), self._at("o_bias", layer))
+        x = x + self._project("...kgh,dkgh->...d", out, "o", layer)
         h = _rms_norm(x, self._at("mlp_norm", layer), self.config.norm_eps)
-        gate = _project("...d,fd->...f", h, self._at("gate", layer), self._at("gate_bias", layer))
-        up = _project("...d,fd->...f", h, self._at("up", layer), self._at("up_bias", layer))
-        hidden = nnx.silu(gate) * up
-        return x + _project("...f,df->...d", hidden, self._at("down", layer), self._at("down_bias", layer))
+        gate = self._project("...d,fd->...f", h, "gate", layer)
+        up = self._project("...d,fd->...f", h, "up", layer)
+        return x + self._project("...f,df->...d", nnx.silu(gate) * up, "down", layer)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and output head: activations `[..., D]` to logits `[..., V]` float32."""
@@ -138,10 +141,17 @@ class Llama(nnx.Module):
         head = self.embedding if self.config.tie_embeddings else self.head
         return jnp.einsum("...d,vd->...v", h, head[...], preferred_element_type=jnp.float32)
 
-    def _at(self, name: str, layer) -> jax.Array | None:
-        """The slice of one layer; None for a bias that this model does not have."""
-        stack = getattr(self, name, None)
-        return None if stack is None else jax.lax.dynamic_index_in_dim(stack[...], layer, keepdims=False)
+    def _at(self, name: str, layer) -> jax.Array:
+        """One layer's slice of a stack."""
+        return jax.lax.dynamic_index_in_dim(getattr(self, name)[...], layer, keepdims=False)
+
+    def _project(self, equation: str, x: jax.Array, name: str, layer) -> jax.Array:
+        """Matrix product accumulated in float32, bias (where there is one) added there, result in the dtype of `x`."""
+        y = jnp.einsum(equation, x, self._at(name, layer), preferred_element_type=jnp.float32)
+        if hasattr(self, f"{name}_bias"):
+            bias = self._at(f"{name}_bias", layer).astype(jnp.float32)
+            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y.astype(x.dtype)
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -150,14 +160,6 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     weight = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
     return (x32 * scale * weight).astype(x.dtype)
-
-
-def _project(equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """einsum accumulated in float32, bias added there, result in the dtype of `x`."""
-    y = jnp.einsum(equation, x, weight, preferred_element_type=jnp.float32)
-    if bias is not None:
-        y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-    return y.astype(x.dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -84,7 +84,7 @@ def _split(path, content: bytes, config: ModelConfig) -> dict[str, np.ndarray]:
     """Checkpoint name to tensor: cuts the weights out in the order of llama2.c's `memory_map_weights`."""
     shapes = tensor_shapes(config)
     prefix = "model.layers.{}."
-    order = ["model.embed_tokens.weight", prefix + "input_layernorm.weight"]
+    order: list[str | None] = ["model.embed_tokens.weight", prefix + "input_layernorm.weight"]
     order += [prefix + f"self_attn.{name}_proj.weight" for name in "qkvo"]
     order += [prefix + "post_attention_layernorm.weight"]
     order += [prefix + f"mlp.{name}_proj.weight" for name in ("gate", "down", "up")]  # w1, w2, w3
@@ -154,7 +154,8 @@ def read_tokenizer(path, vocab: int):
 
 def _pieces(path, vocab: int) -> tuple[list[str], list[float]]:
     content, start = _content(path), 4
-    pieces, scores = [], []
+    pieces: list[str] = []
+    scores: list[float] = []
     while len(pieces) < vocab and start + 8 <= len(content):
         score, length = struct.unpack_from("<fi", content, start)
         pieces.append(content[start + 8 : start + 8 + length].decode("utf-8", "replace").replace(" ", _SPACE))
