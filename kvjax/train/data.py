@@ -4,18 +4,21 @@ Everything is deterministic: the same files and seed give the same tokens in the
 the stream is one integer, so a run that was cut off goes on with the token it would have seen.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 BOS, EOS = "<s>", "</s>"
 TINY_TOKENIZER = Path(__file__).parents[1] / "assets" / "tiny" / "tokenizer.json"
-_OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+HELD_OUT_BYTES = 500_000
+_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 def read_text(path: str | Path) -> str:
@@ -126,6 +129,65 @@ def load_corpus(paths: Sequence[str | Path], tokenizer: Tokenizer, cache: Path |
         np.save(partial, tokens)
         partial.rename(cache / name)
     return tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Everything a run reads.
+
+    Attributes:
+      train: tokens to train on, `[tokens]`.
+      held_out: tokens kept apart for the report, `[tokens]`.
+      held_out_bytes: of the text that `held_out` encodes.
+      tokenizer: made them.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
+    held_out_bytes: int
+    tokenizer: Tokenizer
+
+
+def prepare(
+    paths: Sequence[str | Path],
+    vocab: int,
+    tokenizer: str = "tiny",
+    held_out: str | Path | None = None,
+    cache: Path | None = None,
+) -> Corpus:
+    """Reads and tokenizes the texts of a run.
+
+    Args:
+      paths: texts to train on.
+      vocab: pieces of the tokenizer, as the model's shape says.
+      tokenizer: `tiny` (that of the model that ships), `train` (a new one from the texts; kept in `cache`) or the
+        path of a tokenizer.json.
+      held_out: text for the report; of a long one the last 500 kB. None: the last 1 % of the training texts, which
+        are then not trained on.
+      cache: folder that keeps tokens, and a trained tokenizer, for the next run.
+    """
+    trained = cache / "tokenizer.json" if cache else None
+    if tokenizer == "train" and trained and trained.is_file():
+        made = load_tokenizer(trained)
+    elif tokenizer == "train":
+        made = train_tokenizer("\n".join(map(read_text, paths)), vocab)
+        if trained:
+            trained.parent.mkdir(parents=True, exist_ok=True)
+            made.save(str(trained))
+    else:
+        made = load_tokenizer(TINY_TOKENIZER if tokenizer == "tiny" else tokenizer)
+    if made.get_vocab_size() != vocab:
+        raise ValueError(
+            f"The tokenizer has {made.get_vocab_size()} pieces and the recipe says model.vocab={vocab}; "
+            f"give --set model.vocab={made.get_vocab_size()} or another tokenizer."
+        )
+    tokens = load_corpus(paths, made, cache)
+    if held_out is None:
+        kept = min(len(tokens) // 100, HELD_OUT_BYTES // 3)
+        train, rest = tokens[: len(tokens) - kept], np.asarray(tokens[len(tokens) - kept :])
+        return Corpus(train, rest, len(made.decode(rest.tolist()).encode()), made)
+    text = read_text(held_out).encode()[-HELD_OUT_BYTES:].decode(errors="ignore")
+    return Corpus(tokens, tokenize(made, text), len(text.encode()), made)
 
 
 def fingerprint(tokens: np.ndarray) -> str:

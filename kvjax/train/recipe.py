@@ -186,7 +186,8 @@ def _fill(kind: Any, value: Any, path: str) -> Any:
             if key not in value and required:
                 raise ValueError(f"`{prefix}{key}` is missing from the recipe; add it.")
         hints = typing.get_type_hints(kind)
-        return kind(**{key: _fill(hints[key], entry, prefix + key) for key, entry in value.items()})
+        make: Any = kind
+        return make(**{key: _fill(hints[key], entry, prefix + key) for key, entry in value.items()})
     if origin is tuple:
         inner = typing.get_args(kind)
         if not isinstance(value, list | tuple) or (inner[-1] is not ... and len(value) != len(inner)):

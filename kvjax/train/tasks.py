@@ -23,7 +23,7 @@ SUBJECTS = (
     "height of the tower", "year of the war", "number of the train", "sum of the debt",
     "count of the sheep", "mark of the captain", "tax of the king", "number of the star", "age of the tree",
 )  # fmt: skip
-DIGITS = 5
+NUMBERS = range(10_000, 100_000)  # five digits, none leading zero
 
 Window = tuple[np.ndarray, np.ndarray]
 
@@ -69,7 +69,7 @@ def recall(source: Source, rng: np.random.Generator, length: int) -> Window:
     count = int(rng.integers(source.facts[0], source.facts[1] + 1))
     subjects = [SUBJECTS[i] for i in rng.choice(len(SUBJECTS), count, replace=False)]
     # Drawn without replacement: an answer stands for one fact only.
-    numbers = [f"{n:0{DIGITS}d}" for n in rng.choice(10**DIGITS, count, replace=False, shuffle=False)]
+    numbers = [str(NUMBERS[n]) for n in rng.choice(len(NUMBERS), count, replace=False, shuffle=False)]
     told = [source.encode(f" {statement(s, n)}") for s, n in zip(subjects, numbers)]
     breaks = [" \n"[i] for i in rng.integers(0, 2, count)]
     asked = [source.encode(b + question(s, n)) for b, s, n in zip(breaks, subjects, numbers)]
