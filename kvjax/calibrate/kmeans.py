@@ -19,9 +19,9 @@ def weighted_kmeans(points, weights, clusters: int) -> tuple[np.ndarray, float]:
     one layer takes O(n log n); all midpoints of one halving step are evaluated together.
 
     Args:
-      points: `[n]` in [-1, 1], any order; repeated points are joined.
-      weights: `[n]`, finite and not negative; points of weight 0 are ignored. A common factor changes no
-        level.
+      points: `[n]`, any order; repeated points are joined.
+      weights: `[n]`, finite and not negative; points lighter than 1e-12 of the whole are ignored, because they would
+        drown in the sums. A common factor changes no level.
       clusters: how many levels to return.
 
     Returns:
@@ -37,9 +37,11 @@ def weighted_kmeans(points, weights, clusters: int) -> tuple[np.ndarray, float]:
         raise ValueError(f"`points` {points.shape} and `weights` {weights.shape} must be vectors of one length.")
     if not (np.isfinite(points).all() and np.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError("`points` and `weights` must be finite and no weight negative.")
+    # Normalised so that neither weights of 1e-300 nor of 1e300 leave the range of the sums.
     scale = weights.max(initial=0.0)
-    # Normalised so that neither weights of 1e-300 nor of 1e300 leave the range of the sums below.
     points, weights = _distinct(points[weights > 0], weights[weights > 0] / (scale or 1.0))
+    heavy = weights > 1e-12 * weights.sum()
+    points, weights = points[heavy], weights[heavy]
     if len(points) <= clusters:
         return _spread(points, clusters), 0.0
     edges = _partition(points, weights, clusters)

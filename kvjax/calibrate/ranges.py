@@ -79,8 +79,9 @@ def _between(values: Leaf, index: int, following: int, weight: float) -> np.ndar
     if max(index, following) >= values.shape[-1]:
         raise ValueError("`outlier_fraction` is larger than the one these tails were made for.")
     a, b = (np.asarray(values[..., i], np.float64) for i in (index, following))
-    # From the nearer end, as numpy: exact at both ends and monotone in between.
-    return a + (b - a) * weight if weight < 0.5 else b - (b - a) * (1 - weight)
+    with np.errstate(invalid="ignore"):  # an infinite channel gives nan
+        # From the nearer end, as numpy: exact at both ends and monotone in between.
+        return a + (b - a) * weight if weight < 0.5 else b - (b - a) * (1 - weight)
 
 
 def _check_fraction(outlier_fraction: float) -> None:

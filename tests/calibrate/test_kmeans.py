@@ -95,6 +95,14 @@ def test_heavy_points_do_not_hide_light_ones():
     np.testing.assert_allclose(weighted_kmeans(points, weights, 4)[0], [-0.9, -0.475, 0.325, 0.8])
 
 
+def test_points_of_hardly_any_weight_are_harmless():
+    rng = np.random.default_rng(4)
+    points, weights = rng.uniform(-1, 1, 200), 10.0 ** rng.uniform(-40, 0, 200)
+    levels, cost = weighted_kmeans(points, weights, 8)
+    assert np.isfinite(levels).all() and np.isfinite(cost)
+    assert cost <= lloyd(points, weights, 8) * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("points, weights", [([0.0], [1.0, 2.0]), ([np.nan], [1.0]), ([0.0], [-1.0])])
 def test_bad_input_is_refused(points, weights):
     with pytest.raises(ValueError, match="must be"):
