@@ -18,11 +18,11 @@ def bin_moments(x, weights, bins: int = BINS):
     """Moments of each bin about its centre, in units of its width: so that float32 keeps its digits.
 
     Args:
-      x: `[n]` float32 in [-1, 1].
+      x: `[n]` float32. What lies beyond ±1 counts in the end bins, with its own moments.
       weights: `[W, n]` float32, one row per weighting; 0 leaves an element out.
 
     Returns:
-      `[W, 3, bins]` float32: sums of w, w d and w d², d = (x - centre) / width in [-1/2, 1/2].
+      `[W, 3, bins]` float32: sums of w, w d and w d², d = (x - centre) / width.
     """
     position = (x + 1) * (bins / 2)
     index = jnp.clip(jnp.floor(position), 0, bins - 1).astype(jnp.int32)
@@ -48,7 +48,7 @@ def bin_points(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     filled = np.flatnonzero(w > 0)
     w, x, s = w[filled], x[filled], s[filled]
     mean = x / w
-    points = (filled + 0.5 + np.clip(mean, -0.5, 0.5)) * (2 / bins) - 1
+    points = (filled + 0.5 + mean) * (2 / bins) - 1
     within = np.sum(np.maximum(s - mean * x, 0)) * (2 / bins) ** 2
     return points, w, float(within)
 
