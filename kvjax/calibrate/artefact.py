@@ -72,6 +72,9 @@ class Meta:
     tokens: int
     kvjax: str
 
+    def coded(self) -> dict[str, TensorMeta]:
+        return {"keys": self.keys, "values": self.values}
+
     def flat(self) -> dict[str, Any]:
         """The fields, those of `keys` and `values` as `keys.bits` and so on."""
         fields = {}
@@ -117,6 +120,18 @@ def model_facts(model) -> dict[str, Any]:
     }
 
 
+def check_target(path) -> Path:
+    """Raises OSError where `save` could not write; worth asking before an hour of calibration."""
+    path = Path(path).expanduser()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"`out={path}`: directory {path.parent} does not exist; create it first.")
+    if path.is_dir():
+        raise IsADirectoryError(f"`out={path}` is a directory; name a file in it.")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"`out={path}`: directory {path.parent} is not writable; choose another.")
+    return path
+
+
 def save(path, tables: Mapping[str, Mapping[str, np.ndarray]], meta: Meta) -> None:
     """Writes `tables` (as from `fit_tables`) whole or not at all."""
     tensors = {
@@ -129,9 +144,7 @@ def save(path, tables: Mapping[str, Mapping[str, np.ndarray]], meta: Meta) -> No
     metadata = {"format": json.dumps(FORMAT)}
     metadata |= {name: json.dumps(value) for name, value in meta.flat().items()}
     metadata["sha256"] = json.dumps(_checksum(tensors, metadata))
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: directory {path.parent} does not exist; create it first.")
+    path = check_target(path)
     # A file beside the target: the rename then stays on one file system and is atomic.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -159,7 +172,7 @@ def load(path, expect: Mapping[str, Any] | None = None, way_out: str = "") -> tu
       FileNotFoundError: there is no such file.
       ValueError: one line, for a file that is damaged, is something else, or disagrees with `expect`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     way_out = way_out or f"recalibrate with scripts/calibrate.py --model M --quant Q --out {path}"
     if not path.is_file():
         raise FileNotFoundError(f"calibration file {path} does not exist; {way_out}.")
