@@ -18,7 +18,6 @@ from kvjax.calibrate.fit import Stats, TensorStats
 from kvjax.calibrate.histogram import bin_moments
 from kvjax.calibrate.ranges import init_tails, merge_tails, range_of
 from kvjax.codecs.kvquant import NUQChannelCodec, normalize_keys, normalize_values
-from kvjax.evaluate.progress import bar
 from kvjax.model.llama import LoadedModel
 
 
@@ -182,6 +181,8 @@ def _checked_tokens(model, tokens, sinks: int) -> np.ndarray:
 @contextlib.contextmanager
 def _bar(shown: bool, sequences: int, length: int):
     """Yields `advance(wait_for, sequences)`; each sequence counts once per pass."""
+    from kvjax.evaluate.progress import bar  # the package around it imports this module
+
     start = time.perf_counter()
     with bar(shown, "sequences") as shown_bar:
         task = shown_bar.add_task("calibrating", total=2 * sequences)

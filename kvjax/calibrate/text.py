@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from kvjax import decode
-from kvjax.evaluate.progress import bar
-from kvjax.evaluate.text import tokenize
 from kvjax.model.llama import LoadedModel
 from kvjax.policy import bind, preset
 
@@ -24,6 +22,8 @@ def tokens_from_file(model: LoadedModel, path, samples: int, length: int, seed: 
     Raises:
       OSError, ValueError: one line, for a file that is not there, not UTF-8 text, empty or too short.
     """
+    from kvjax.evaluate.text import tokenize  # the package around it imports calibration
+
     text = tokenize(model, path)
     if len(text.tokens) < length:
         raise ValueError(
@@ -46,6 +46,8 @@ def self_sampled_tokens(
     Returns:
       as `tokens_from_file`.
     """
+    from kvjax.evaluate.progress import bar
+
     config = model.config
     rng = np.random.default_rng(seed)
     first = (
