@@ -336,14 +336,14 @@ def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -
     lines, slow = [], []
     for segment in cache.segments:
         name = f"layers {segment.first_layer} to {segment.first_layer + segment.layers - 1}"
-        what = f"keys {segment.k_codec.describe()}; values {segment.v_codec.describe()}"
+        what = f"keys {segment.k_codec.describe()}, values {segment.v_codec.describe()}"
         kernel = FAST.get((type(segment.k), platform))
         if kernel is None:
             reason = f"no kernel for {type(segment.k).__name__} on {platform}"
-            lines.append(f"{name}: reference (chunked jnp), {reason} [{what}]")
+            lines.append(f"{name}: reference (chunked jnp), {reason}; {what}")
             slow.append(f"{name}: {reason}")
         else:
-            lines.append(f"{name}: {kernel.__name__} [{what}]")
+            lines.append(f"{name}: {kernel.__name__}; {what}")
     if strict and slow:
         raise NotImplementedError(f"strict: the reference would run for {'; '.join(slow)}; drop `strict` to allow it.")
     return "\n".join(lines)

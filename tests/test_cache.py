@@ -42,7 +42,11 @@ def make(name, shape=SHAPE, capacity=CAPACITY):
 
 def recorded(n, seed=0):
     rng = np.random.default_rng(seed)
-    return random_kv(rng, L, B, n, K, H), random_kv(rng, L, B, n, K, H), rng.normal(size=(L, B, n, K * G, H)).astype("f4")
+    return (
+        random_kv(rng, L, B, n, K, H),
+        random_kv(rng, L, B, n, K, H),
+        rng.normal(size=(L, B, n, K * G, H)).astype("f4"),
+    )
 
 
 def window_of(x, start, size):
@@ -58,7 +62,9 @@ def feed(cache, k, v, sizes, lengths, q=None):
     for size in sizes:
         counts = np.minimum(size, lengths - done)
         for layer in range(L):
-            cache = decode.append(cache, layer, window_of(k[layer], done, size), window_of(v[layer], done, size), counts)
+            cache = decode.append(
+                cache, layer, window_of(k[layer], done, size), window_of(v[layer], done, size), counts
+            )
             if q is not None:
                 out = decode.attend(cache, layer, window_of(q[layer], done, size), counts)
                 for b in range(B):

@@ -39,7 +39,9 @@ def test_leading_axes_are_independent(codec):
     x, params = setup(codec, 2, 3)
     whole = codec.encode(x, params)
     leaves_equal(jax.tree.map(lambda leaf: leaf[1, 2], whole), codec.encode(x[1, 2], params))
-    np.testing.assert_array_equal(codec.decode(whole, params)[1, 2], codec.decode(codec.encode(x[1, 2], params), params))
+    np.testing.assert_array_equal(
+        codec.decode(whole, params)[1, 2], codec.decode(codec.encode(x[1, 2], params), params)
+    )
 
 
 @codecs

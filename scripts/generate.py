@@ -1,0 +1,138 @@
+"""Writes text with a compressed K/V cache and says what the cache really cost.
+
+python scripts/generate.py --quant kvquant3
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from _cli import one_line_errors, versions
+from rich.console import Console
+from rich.table import Table
+
+import kvjax
+from kvjax.decode import bits_per_element, explain, generate, init_cache, nbytes, statistics
+from kvjax.policy import preset
+
+PROMPT = "The captain looked out over the sea, and for a long time he did not speak."
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", help='"tiny", a directory in Hugging Face layout, or a hub id')
+    parser.add_argument("--quant", default="kvquant3", help="preset (%(default)s)")
+    parser.add_argument("--calibration", metavar="FILE", help="made by scripts/calibrate.py (found or made without)")
+    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="text to continue")
+    parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest, 0 for all")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--context", type=int, metavar="N", help="capacity in tokens (prompt and new tokens)")
+    parser.add_argument("--strict", action="store_true", help="fail where attention would run without a kernel")
+    parser.add_argument("--json", metavar="FILE", help="write the report there")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        report = run(args, Console(stderr=True, highlight=False))
+        if args.json:
+            Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
+    preset(args.quant)  # a misspelt preset is told before the model is loaded
+    with console.status("loading the model"):
+        model = kvjax.load(args.model)
+        ids = np.asarray(model.tokenizer(prompt)["input_ids"], np.int32)[None]
+    if not ids.size:
+        raise ValueError("`prompt` is empty; give at least one token to continue.")
+    capacity = args.context or ids.shape[1] + args.max_new_tokens
+    if ids.shape[1] + args.max_new_tokens > capacity:
+        raise ValueError(
+            f"`prompt` has {ids.shape[1]} tokens and --max-new-tokens {args.max_new_tokens} more are wanted, but "
+            f"--context is {capacity}; pass --context {ids.shape[1] + args.max_new_tokens} or shorten the prompt."
+        )
+    policy = kvjax.policy(args.quant, model, calibration=args.calibration)
+
+    def new_cache() -> kvjax.KVCache:
+        return init_cache(model, policy, batch=1, capacity=capacity)
+
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    path = explain(new_cache(), strict=args.strict)
+    start = time.perf_counter()
+    with console.status("compiling"):
+        generate(model, new_cache(), ids, max_new_tokens=min(2, args.max_new_tokens), eos=(), **sampling)
+    compiled = time.perf_counter()
+    stream = Stream(model.tokenizer, prompt)
+    _, cache = generate(model, new_cache(), ids, max_new_tokens=args.max_new_tokens, on_token=stream.take, **sampling)
+    stream.finish()
+    seconds = np.diff([compiled, *stream.times])
+    uncompressed = jax.eval_shape(lambda: init_cache(model, kvjax.policy("bf16", model), batch=1, capacity=capacity))
+    report = {
+        "text": stream.text,
+        "quant": args.quant,
+        "bits_per_element": bits_per_element(cache),
+        "cache_bytes": nbytes(cache),
+        "bf16_bytes": nbytes(uncompressed),
+        "prefill_tokens_per_s": ids.shape[1] / seconds[0],
+        "decode_tokens_per_s": len(seconds[1:]) / seconds[1:].sum() if len(seconds) > 1 else None,
+        "path": path,
+        "platform": f"{jax.default_backend()} ({jax.devices()[0].device_kind})",
+        "versions": versions(),
+    }
+    show(report, console, cache, compiled - start, ids.shape[1], len(stream.tokens))
+    return report
+
+
+class Stream:
+    """Prints text as its tokens arrive; holds back what may still be part of a character."""
+
+    def __init__(self, tokenizer: Any, prompt: str):
+        self.tokenizer, self.tokens, self.times, self.text = tokenizer, [], [], ""
+        print(prompt, end="", flush=True)
+
+    def take(self, tokens: np.ndarray) -> None:
+        self.times.append(time.perf_counter())
+        self.tokens.append(int(tokens[0]))
+        self._print(hold="\ufffd")
+
+    def finish(self) -> None:
+        self._print(hold="")
+        print(flush=True)
+
+    def _print(self, hold: str) -> None:
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if hold and text.endswith(hold):
+            return
+        print(text[len(self.text) :], end="", flush=True)
+        self.text = text
+
+
+def show(report: dict, console: Console, cache: kvjax.KVCache, compile_s: float, prompt: int, new: int) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = {
+        "preset": f"{report['quant']}: {report['bits_per_element']:.2f} bits per element, as stored",
+        "path": report["path"],
+        "cache": f"{report['cache_bytes']:,} bytes for {cache.capacity:,} tokens, sinks and recent tokens included "
+        f"(bf16: {report['bf16_bytes']:,})",
+        "outliers": f"{statistics(cache)['dropped_outliers']} found no slot",
+        "prefill": f"{prompt} tokens, {report['prefill_tokens_per_s']:.0f} tokens/s",
+        "decode": f"{new} tokens" + (f", {s:.0f} tokens/s" if (s := report["decode_tokens_per_s"]) else ""),
+        "compiled": f"in {compile_s:.1f} s on {report['platform']}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""Prefill, steps and generation of a model through the cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import make_policy
+
+import kvjax
+from kvjax import decode
+from kvjax.codecs import IdentityCodec, NUQChannelCodec, NUQTokenCodec
+from kvjax.model.config import ModelConfig
+from kvjax.model.forward import forward
+from kvjax.model.rope import make_rope
+from kvjax.model.weights import init_random
+from kvjax.policy import Preset, SegmentPolicy, bind, preset
+
+B, T, K, H, L = 3, 32, 2, 16, 3
+CONFIG = ModelConfig(
+    layers=L, width=32, mlp_width=48, q_heads=4, kv_heads=K, head_dim=H, vocab=97, initializer_range=0.1
+)
+KVQUANT = Preset(NUQChannelCodec(bits=3, outliers=0.01, pre_rope=True), NUQTokenCodec(bits=3, outliers=0.01), sinks=1)
+F32 = Preset(IdentityCodec(dtype="float32"), IdentityCodec(dtype="float32"))
+PRESETS = {
+    "f32": F32,
+    "kvquant": KVQUANT,
+    "grouped-windowed": Preset(
+        NUQChannelCodec(bits=4, table="uniform", ranges="block"), NUQTokenCodec(bits=4, table="uniform"), window=20
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return init_random(CONFIG, make_rope(H, 2048), seed=0, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, CONFIG.vocab, (B, 140))
+
+
+def policy_of(name):
+    return make_policy(PRESETS[name], L, K, H)
+
+
+def new_cache(model, name, batch=B, capacity=200):
+    return decode.init_cache(model, policy_of(name), batch=batch, capacity=capacity, block=T)
+
+
+def prefill_in(model, name, tokens, lengths, cuts, attention):
+    """Prefills rows in several calls, cut at the same fractions of each row."""
+    cache, done = new_cache(model, name), np.zeros(B, int)
+    for cut in [*cuts, 1.0]:
+        end = np.maximum((lengths * cut).astype(int), done + 1)
+        size = (end - done).max()
+        part = np.stack([np.pad(row[d:e], (0, size - e + d)) for row, d, e in zip(tokens, done, end, strict=True)])
+        logits, cache = decode.prefill(model, cache, part, end - done, attention)
+        done = end
+    return logits, cache
+
+
+def codes_of(cache, row):
+    """All codes of a row: of its sealed blocks, and those that its recent tokens would get."""
+    out = []
+    held = int(cache.length[row] - cache.recent_start(cache.length)[row])
+    for s in cache.segments:
+        for block, recent, codec, params in (
+            (s.k, s.k_recent, s.k_codec, s.k_params),
+            (s.v, s.v_recent, s.v_codec, s.v_params),
+        ):
+            out.append(np.asarray(jax.tree.leaves(codec.unpack(block))[0])[:, row])
+            if codec.token_local:
+                quantized = [
+                    jax.tree.leaves(
+                        codec.quantize(recent[i, row, :, : max(held, 1)], jax.tree.map(lambda p: p[i], params))
+                    )
+                    for i in range(s.layers)
+                ]
+                out.append(np.stack([np.asarray(leaves[0]) for leaves in quantized])[:, :, : max(held, 0)])
+    return np.concatenate([codes.reshape(-1) for codes in out])
+
+
+def assert_same_logits(logits, cache, wanted, wanted_cache):
+    """Within 1e-4, row by row, where both caches hold the same codes.
+
+    K/V of the same text differ in the last float32 bit with the shape of the matrix product that made them. Such a
+    bit can carry an element over the midpoint of two levels; from that token on the row's logits differ by what
+    quantization itself costs. That is allowed to one element in 5,000 and to small effect, and must not happen in
+    every row.
+    """
+    flipped = []
+    for b in range(len(logits)):
+        mine, theirs = codes_of(cache, b), codes_of(wanted_cache, b)
+        flips = (mine != theirs).mean() if mine.dtype == np.uint8 else 0.0
+        flipped.append(flips > 0)
+        assert flips < 2e-4
+        np.testing.assert_allclose(logits[b], wanted[b], atol=5e-2 if flips else 1e-4)
+    assert not all(flipped)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_cached_prefill_does_not_depend_on_the_split_and_equals_steps(model, tokens, name):
+    lengths = np.array([100, T + 1, 2 * T])
+    whole, cache = prefill_in(model, name, tokens, lengths, [], "cached")
+    for cuts in ([0.5], [0.1, 0.33, 0.97]):
+        split, split_cache = prefill_in(model, name, tokens, lengths, cuts, "cached")
+        assert_same_logits(split, split_cache, whole, cache)
+    stepped = new_cache(model, name)
+    logits = np.zeros((B, CONFIG.vocab), np.float32)
+    for i in range(lengths.max()):
+        out, stepped = decode.step(model, stepped, tokens[:, i], active=i < lengths)
+        logits = np.where((i == lengths - 1)[:, None], out, logits)
+    assert_same_logits(logits, stepped, whole, cache)
+    np.testing.assert_array_equal(stepped.length, cache.length)
+
+
+@pytest.mark.parametrize("attention", ["exact", "cached"])
+def test_an_uncompressed_cache_changes_nothing(model, tokens, attention):
+    """f32: logits of prefill in two calls and of steps are those of the model without a cache, row by row."""
+    wanted = np.asarray(forward(model, tokens))
+    lengths = np.array([1, T - 1, 70])
+    first, cache = decode.prefill(model, new_cache(model, "f32"), tokens[:, :70], lengths, attention)
+    np.testing.assert_allclose(first, wanted[np.arange(B), lengths - 1], atol=1e-4)
+    more = np.array([40, 2, 33])
+    part = np.stack([tokens[b, lengths[b] : lengths[b] + 40] for b in range(B)])
+    second, cache = decode.prefill(model, cache, part, more, attention)
+    np.testing.assert_allclose(second, wanted[np.arange(B), lengths + more - 1], atol=1e-4)
+    at = lengths + more
+    for i in range(20):
+        out, cache = decode.step(model, cache, tokens[np.arange(B), at + i])
+        np.testing.assert_allclose(out, wanted[np.arange(B), at + i], atol=1e-4)
+
+
+def test_exact_prefill_of_a_prompt_sees_no_quantization(model, tokens):
+    """KVQuant section 6.2: attention of the prompt uses the exact K/V, the cache is then written compressed."""
+    exact, cache = decode.prefill(model, new_cache(model, "kvquant"), tokens[:, :100])
+    np.testing.assert_allclose(exact, forward(model, tokens[:, :100])[:, -1], atol=1e-4)
+    cached, _ = decode.prefill(model, new_cache(model, "kvquant"), tokens[:, :100], attention="cached")
+    assert np.abs(exact - cached).max() > 1e-2
+    stored = jax.tree.leaves(cache.segments[0].k)[0]
+    assert (np.asarray(stored)[:, :, :3] != 0).any()
+
+
+def test_prompt_lengths_around_a_block(model, tokens):
+    """Rows of 1, T-1, T, T+1 and T+2 tokens at once, cut behind the first token and not, and three steps more."""
+    lengths = np.array([1, T - 1, T, T + 1, T + 2])
+    rows = np.resize(tokens[:, :70], (5, 70))
+    whole, cache = decode.prefill(model, new_cache(model, "kvquant", batch=5), rows[:, : T + 2], lengths, "cached")
+    logits, single = decode.prefill(model, new_cache(model, "kvquant", batch=5), rows[:, :1], attention="cached")
+    for i in range(1, T + 2):
+        out, single = decode.step(model, single, rows[:, i], active=i < lengths)
+        logits = np.where((i < lengths)[:, None], out, logits)
+    assert_same_logits(logits, single, whole, cache)
+    for i in range(3):
+        following = rows[np.arange(5), lengths + i]
+        a, cache = decode.step(model, cache, following)
+        b, single = decode.step(model, single, following)
+        assert_same_logits(b, single, a, cache)
+    assert cache.length.tolist() == (lengths + 3).tolist()
+
+
+def test_layers_may_use_different_codecs(model, tokens):
+    """Segments: the first layer in f32, the others in kvquant, equal to one by one steps."""
+    part = policy_of("kvquant").segments[0]
+    rest = jax.tree.map(lambda p: p[1:], (part.k_params, part.v_params))
+    mixed = dataclasses.replace(
+        policy_of("kvquant"),
+        segments=(SegmentPolicy(0, 1, F32.keys, F32.values), SegmentPolicy(1, 2, part.k_codec, part.v_codec, *rest)),
+    )
+
+    def cache():
+        return decode.init_cache(model, mixed, batch=B, capacity=100, block=T)
+
+    whole, _ = decode.prefill(model, cache(), tokens[:, :60], attention="cached")
+    logits, _ = decode.score(model, cache(), tokens[:, :60])
+    np.testing.assert_allclose(logits[:, -1], whole, atol=5e-2)
+    assert decode.explain(cache()).count("reference") == 2
+
+
+def test_bad_prompts_and_full_caches_are_errors_that_lose_nothing(model, tokens):
+    cache = new_cache(model, "kvquant", capacity=60)
+    for lengths in ([0, 5, 5], [5, 41, 5]):
+        with pytest.raises(ValueError, match="must lie between 1 and S=40"):
+            decode.prefill(model, cache, tokens[:, :40], lengths)
+    with pytest.raises(ValueError, match="empty prompt"):
+        decode.prefill(model, cache, tokens[:, :0])
+    with pytest.raises(ValueError, match="valid are 0 to 96"):
+        decode.prefill(model, cache, np.full((B, 4), 97))
+    with pytest.raises(ValueError, match="B=3 rows"):
+        decode.prefill(model, cache, tokens[:2])
+    with pytest.raises(ValueError, match='"exact" or "cached"'):
+        decode.prefill(model, cache, tokens[:, :4], attention="flash")
+    _, cache = decode.prefill(model, cache, tokens[:, :60])
+    with pytest.raises(ValueError, match=r"`capacity=65`.*holds 60 and would need 66"):
+        decode.prefill(model, cache, tokens[:, :6])
+    logits, cache = decode.score(model, cache, tokens[:, :5])
+    with pytest.raises(ValueError, match="larger `capacity`"):
+        decode.step(model, cache, tokens[:, 0])
+    assert cache.length.tolist() == [65] * B and decode.statistics(cache)["overrun"] == 0
+    again = decode.crop(cache, np.full(B, 60))
+    np.testing.assert_allclose(decode.score(model, again, tokens[:, :5])[0], logits, atol=1e-5)
+
+
+def test_one_trace_for_any_number_of_steps_and_the_cache_is_donated(model, tokens):
+    # A capacity of its own: no other test has compiled this step.
+    _, cache = decode.prefill(model, new_cache(model, "kvquant", capacity=300), tokens[:, :10])
+    before = decode._step._cache_size()
+    for i in range(2 * T):  # seals twice
+        leaf = cache.segments[0].k.codes
+        _, cache = decode.step(model, cache, tokens[:, i])
+        assert leaf.is_deleted()
+    assert decode._step._cache_size() == before + 1
+
+
+def compiled_step(model, capacity):
+    cache = jax.eval_shape(lambda: new_cache(model, "kvquant", capacity=capacity))
+    i32 = jax.ShapeDtypeStruct((B,), jnp.int32)
+    return cache, decode._step.lower(model, cache, i32, i32).compile().memory_analysis()
+
+
+def test_a_step_updates_the_cache_in_place_and_never_dequantizes_the_context(model):
+    cache, memory = compiled_step(model, 1024)
+    assert memory.alias_size_in_bytes == decode.nbytes(cache)
+    _, longer = compiled_step(model, 8192)
+    # The temporaries are those of one chunk: they do not follow the context.
+    assert longer.temp_size_in_bytes < 1.05 * memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("attention", ["exact", "cached"])
+def test_temporaries_of_a_long_prompt_are_bounded(model, attention):
+    run = decode._prefill_exact if attention == "exact" else decode._prefill_cached
+    sizes = {}
+    for tokens in (1024, 4096):
+        cache = jax.eval_shape(lambda: new_cache(model, "kvquant", batch=1, capacity=8192))
+        args = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        sizes[tokens] = run.lower(model, cache, *args).compile().memory_analysis().temp_size_in_bytes
+    # Exact: hidden states and one layer's K (rotated and not) and V, each perhaps twice in a loop; cached: the ids.
+    per_token = 2 * 4 * (CONFIG.width + 3 * K * H) if attention == "exact" else 2 * 4
+    assert sizes[4096] - sizes[1024] <= per_token * 3072 + 4096
+
+
+def test_generate_ends_rows_at_eos_and_repeats_by_seed(model, tokens):
+    def run(rows=slice(None), eos=(), seed=1):
+        cache = new_cache(model, "kvquant", batch=len(tokens[rows]))
+        out, cache = decode.generate(
+            model, cache, tokens[rows, :9], max_new_tokens=20, temperature=1.0, top_k=50, top_p=0.9, seed=seed, eos=eos
+        )
+        return out, cache
+
+    free, _ = run()
+    assert free.shape == (B, 20) and (free == run()[0]).all() and (free != run(seed=2)[0]).any()
+    np.testing.assert_array_equal(run(slice(0, 1))[0], free[:1])  # a row's draws do not depend on the others
+    ended, cache = run(eos=(int(free[1, 4]),))
+    stop = [int(np.argmax(row == free[1, 4])) if (row == free[1, 4]).any() else 19 for row in free]
+    for b in range(B):
+        np.testing.assert_array_equal(ended[b, : stop[b] + 1], free[b, : stop[b] + 1])
+        assert (ended[b, stop[b] :] == ended[b, stop[b]]).all()
+    assert int(cache.length[1]) == 9 + stop[1]  # the ended row took no more tokens
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        decode.generate(model, cache, tokens[:, :9], max_new_tokens=0)
+
+
+def test_bf16_cache_generates_what_the_model_does_without_one():
+    tiny = kvjax.load("tiny")
+    prompt = np.asarray(tiny.tokenizer("The old man went down to the river, and")["input_ids"])[None]
+    cache = decode.init_cache(tiny, kvjax.policy("bf16", tiny), batch=1, capacity=200)
+    new, _ = decode.generate(tiny, cache, prompt, max_new_tokens=150, eos=())
+    logits = forward(tiny, np.concatenate([prompt, new], axis=1))
+    greedy = np.asarray(logits[0, prompt.shape[1] - 1 : -1].argmax(-1))
+    np.testing.assert_array_equal(new[0], greedy)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize(("suffix", "limit"), [("", 0.42), ("-dense", 0.02)])
+def test_bits_at_llama_7b_shape_and_131072_tokens(bits, suffix, limit):
+    """The paper's accounting (spec section 7) on the arrays that a cache of that shape would allocate."""
+    shape = decode.CacheShape(32, 32, 32, 128, make_rope(128, 4096))
+    policy = make_policy(preset(f"kvquant{bits}{suffix}"), 32, 32, 128)
+    cache = jax.eval_shape(lambda: decode.init_cache(shape, policy, batch=1, capacity=131072, dtype=jnp.bfloat16))
+    assert bits < decode.bits_per_element(cache) <= bits + limit
+    formula = np.mean(
+        [c.bits_per_element(128, 32, 128) for c in (policy.segments[0].k_codec, policy.segments[0].v_codec)]
+    )
+    assert decode.bits_per_element(cache) == formula
+    assert decode.nbytes(cache) < 1.02 * (bits + limit) / 8 * 2 * 32 * 4096 * 131072
+
+
+def test_explain_names_the_path_and_strict_refuses_the_reference(model):
+    cache = new_cache(model, "kvquant")
+    assert "reference (chunked jnp), no kernel for NUQBlock on tpu" in decode.explain(cache, "tpu")
+    with pytest.raises(NotImplementedError, match="strict"):
+        decode.explain(cache, strict=True)
+
+
+def test_an_unknown_preset_lists_the_near_ones():
+    with pytest.raises(ValueError, match=r"`quant=kvqant3` is not a preset; the nearest are kvquant3"):
+        preset("kvqant3")
+
+
+def test_a_policy_that_needs_calibration_says_so(model):
+    with pytest.raises(ValueError, match="not calibrated"):
+        decode.init_cache(model, bind("kvquant3", preset("kvquant3"), L), batch=1, capacity=64)
