@@ -1,5 +1,7 @@
 """The forward pass around the logits: attention by hand, K/V maps, probes, long texts, low precision."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +70,6 @@ def test_kv_map_replaces_what_attention_sees(model, tokens):
     def run(kv_map):
         return jax.jit(lambda model, tokens: forward(model, tokens, kv_map))(model, tokens)
 
-    np.testing.assert_allclose(run(lambda layer, k, v: (k, v, False)), plain, atol=1e-6)
     np.testing.assert_allclose(run(rotated), plain, atol=1e-6)
     changed = run(without_last_layer)
     blind = model.with_state({**model.state, "v": model.state["v"].at[1].set(0)})
@@ -76,48 +77,40 @@ def test_kv_map_replaces_what_attention_sees(model, tokens):
     assert np.abs(changed - plain).max() > 1e-6
 
 
-def test_probe_gradient_is_the_loss_gradient_of_k_and_v(model, tokens):
-    """Along a random direction the gradient predicts the central difference of the loss."""
+def test_gradients_of_weights_and_of_k_and_v(model, tokens):
+    """Along a random direction the probe's gradient predicts the central difference; every weight has a gradient."""
     shape = (2, 2, 12, 2, 16)
     direction = tuple(jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.float32) for i in (1, 2))
 
     @jax.jit
-    def loss(probe):
-        log_probabilities = jax.nn.log_softmax(forward(model, tokens, probe=probe)[:, :-1])
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(probe, state):
+        log_probabilities = jax.nn.log_softmax(forward(model.with_state(state), tokens, probe=probe)[:, :-1])
         return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1).mean()
 
-    gradient = jax.grad(loss)(jax.tree.map(jnp.zeros_like, direction))
+    _, (gradient, of_weights) = loss(jax.tree.map(np.zeros_like, direction), model.state)
+    for name, leaf in of_weights.items():
+        assert np.abs(leaf).max() > 0, name
     assert gradient[0].shape == gradient[1].shape == shape
     step = 0.003  # a few percent of k and v
-    ahead, behind = (loss(jax.tree.map(lambda d, s=s: s * step * d, direction)) for s in (1, -1))
+    ahead, behind = (loss(tuple(s * step * d for d in direction), model.state)[0] for s in (1, -1))
     predicted = sum(float(jnp.vdot(g, d)) for g, d in zip(gradient, direction, strict=True))
     assert (ahead - behind) / (2 * step) == pytest.approx(predicted, rel=0.02)
     for part in gradient:  # no token after the last is predicted from it
         assert np.all(np.asarray(part)[:, :, -1] == 0) and np.abs(part[:, :, 0]).min() > 0
 
 
-@pytest.mark.parametrize("name", ["plain", "mistral-window8"])
-def test_long_texts_go_through_in_pieces(monkeypatch, name):
-    variant = next(v for v in VARIANTS if v.name == name)
+def test_long_texts_go_through_in_pieces(monkeypatch):
+    variant = next(v for v in VARIANTS if v.name == "mistral-window8")
     run, model = golden(variant), variant.loaded()
     monkeypatch.setattr(forward_module, "QUERIES_AT_ONCE", 16)  # 44 tokens: two whole pieces and a part
     logits = jax.jit(lambda m, t: forward(m, t, lambda layer, k, v: (k, v, False)))(model, run["tokens"][None])
     np.testing.assert_allclose(logits[0], run["logits"], atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision_stays_close(dtype):
+def test_bfloat16_stays_close():
     variant = VARIANTS[0]
     run = golden(variant)
-    logits, k, v = forward_with_kv(variant.loaded(dtype), jnp.asarray(run["tokens"])[None])
-    assert logits.dtype == jnp.float32 and k.dtype == v.dtype == jnp.dtype(dtype)
-    error = np.abs(logits[0] - run["logits"])
-    assert error.mean() < {"bfloat16": 0.05, "float16": 0.01}[dtype]
-
-
-def test_gradients_with_respect_to_weights(model, tokens):
-    """Training differentiates the state; every weight matters."""
-    gradient = jax.jit(jax.grad(lambda state: forward(model.with_state(state), tokens).var()))(model.state)
-    assert gradient.keys() == model.state.keys()
-    for name, leaf in gradient.items():
-        assert np.abs(leaf).max() > 0, name
+    logits, k, v = forward_with_kv(variant.loaded("bfloat16"), jnp.asarray(run["tokens"])[None])
+    assert logits.dtype == jnp.float32 and k.dtype == v.dtype == jnp.bfloat16
+    assert np.abs(logits[0] - run["logits"]).mean() < 0.05
