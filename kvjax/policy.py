@@ -105,8 +105,8 @@ def preset(name: str) -> Preset:
 def policy(name: str, model: Any, calibration: Any = None, text: Any = None, progress: bool = True) -> Policy:
     """The policy of preset `name` for a loaded model, calibrated.
 
-    A preset with fitted constants takes them from `calibration`, else from `calibration/NAME.safetensors` in the model's
-    directory, else from the user's cache; where there is none it calibrates now and keeps the result in that cache.
+    A preset with fitted constants takes them from `calibration`, else from `calibration/NAME.safetensors` in the
+    model's directory, else from the user's cache; where there is none it calibrates now and keeps the result there.
 
     Args:
       name: of a preset, as in "kvquant3".
@@ -128,13 +128,11 @@ def policy(name: str, model: Any, calibration: Any = None, text: Any = None, pro
     if text is not None:
         found = calibrate.calibrate(model, name, chosen, text=text, progress=progress)
         return bind(name, chosen, layers, *found.params)
-    paths = [Path(calibration)] if calibration is not None else []
-    if not paths and model.path:
-        paths.append(Path(model.path) / "calibration" / f"{name}.safetensors")
     cached = cache_directory() / model.fingerprint[:16] / f"{name}.safetensors"
-    for path in [*paths, cached]:
-        if path.is_file() or path in paths and calibration is not None:
-            return bind(name, chosen, layers, *calibrate.load(path, model, name, chosen).params)
+    shipped = Path(model.path) / "calibration" / cached.name if model.path else cached
+    path = calibration or next((p for p in (shipped, cached) if p.is_file()), None)
+    if path is not None:
+        return bind(name, chosen, layers, *calibrate.load(path, model, name, chosen).params)
     found = calibrate.calibrate(model, name, chosen, progress=progress)
     cached.parent.mkdir(parents=True, exist_ok=True)
     calibrate.save(cached, found)

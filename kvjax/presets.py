@@ -2,7 +2,7 @@
 
 | preset | method | paper |
 |---|---|---|
-| kvquant4, 3, 2 | nuq: keys per channel before RoPE, values per token, 1 % outliers, a sink | arXiv 2401.18079, Table 1 |
+| kvquant4, 3, 2 | keys per channel before RoPE, values per token, 1 % outliers, a sink | arXiv 2401.18079, Table 1 |
 | -dense | the same without outliers | |
 | -qnorm | dequantized with moment-matched tables | arXiv 2401.18079v3 |
 | int4, 3, 2; nf4, 3, 2 | the paper's baselines: per token, keys after RoPE | arXiv 2401.18079, Table 1 |

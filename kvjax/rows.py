@@ -42,7 +42,7 @@ def crop(cache: KVCache, lengths: Any) -> KVCache:
             row = int(cut.argmax())
             raise ValueError(
                 f"`lengths={new.tolist()}`: row {row} would cut a sealed block of {grouped[0].describe()}, "
-                f"whose exact values are gone; crop to {int(cache.recent_start(lengths)[row])} and append the rest again."
+                f"whose exact values are gone; crop to {int(cache.recent_start(lengths)[row])} and append the rest."
             )
     return _crop(cache, lengths)
 

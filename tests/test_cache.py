@@ -238,8 +238,8 @@ def test_crop_of_a_grouped_block_says_where_it_can_be_cut():
 
 
 def test_fork_copies_every_leaf_and_shares_none():
-    k, v, q = recorded(70)
-    cache, out = feed(make("kvquant"), k, v, [45, 45], np.array([70, 40, 65]), q)
+    k, v, _ = recorded(70)
+    cache, _ = feed(make("kvquant"), k, v, [45, 45], np.array([70, 40, 65]))
     forked = decode.fork(cache, [2, 0])
     assert forked.length.tolist() == [65, 70]
     for x, y in zip(jax.tree.leaves(cache.segments[0].k), jax.tree.leaves(forked.segments[0].k), strict=True):
@@ -272,7 +272,7 @@ def test_bytes_are_counted_from_the_arrays():
     segment = cache.segments[0]
     blocks = segment.k.codes.shape[2]
     assert blocks * T + 1 == cache.capacity >= CAPACITY
-    # Per token and head: 16 channels at 3 bits and one slot of 24 bits, for keys and values; 32 bits per token for values.
+    # Per token and head 16 channels at 3 bits and a slot of 24 bits, for K and V; 32 bits per token for V.
     wanted = ((3 * H + 24) * 2 * K + 32) / (2 * K * H)
     assert decode.bits_per_element(cache) == wanted
     assert decode.nbytes(cache) == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))

@@ -75,7 +75,7 @@ def codes_of(cache, row):
             if codec.token_local:
                 quantized = [
                     jax.tree.leaves(
-                        codec.quantize(recent[i, row, :, : max(held, 1)], jax.tree.map(lambda p: p[i], params))
+                        codec.quantize(recent[i, row, :, : max(held, 1)], jax.tree.map(lambda p, i=i: p[i], params))
                     )
                     for i in range(s.layers)
                 ]

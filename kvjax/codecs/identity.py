@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from kvjax.codecs.base import AbstractCodec, Leaf, Params, keep_tokens
 
-
 _STORED = {"bfloat16": jnp.uint16, "float16": jnp.uint16, "float32": jnp.uint32}
 
 

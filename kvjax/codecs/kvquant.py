@@ -137,7 +137,8 @@ class NUQChannelCodec(_NUQCodec):
 
     Attributes:
       ranges: "offline" takes `params["scale"]` and `params["zero"]` `[K, 1, H]`; "block" measures them over the T
-        tokens of each block (the paper's online variant, Table 14, bounded to a block) and stores them, 32/T bits per element.
+        tokens of each block (the paper's online variant, Table 14, bounded to a block) and stores them, in
+        32/T bits per element.
     """
 
     ranges: Literal["offline", "block"] = "offline"
