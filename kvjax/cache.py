@@ -303,8 +303,8 @@ def write(cache: KVCache, k: jax.Array, v: jax.Array, counts: jax.Array) -> KVCa
 
     Rows for which the tokens do not fit are left as they are and the tokens counted in `overrun`.
     """
-    counts = _that_fit(cache, counts)
-    seals = (cache.sealed(cache.length + counts.fitting) > cache.sealed(cache.length)).any()
+    fitting = _that_fit(cache, counts)
+    seals = (cache.sealed(cache.length + fitting) > cache.sealed(cache.length)).any()
     segments = []
     for segment in cache.segments:
         part = slice(segment.first_layer, segment.first_layer + segment.layers)
@@ -312,38 +312,32 @@ def write(cache: KVCache, k: jax.Array, v: jax.Array, counts: jax.Array) -> KVCa
 
         def with_seal(segment, ks=ks, vs=vs):
             def body(layer, segment):
-                return write_layer(cache, segment, layer, ks[layer], vs[layer], counts.fitting)
+                return write_layer(cache, segment, layer, ks[layer], vs[layer], fitting)
 
             return jax.lax.fori_loop(0, segment.layers, body, segment)
 
         def without(segment, ks=ks, vs=vs):
-            return _write_recent(cache, segment, ks, vs, counts.fitting)
+            return _write_recent(cache, segment, ks, vs, fitting)
 
         segments.append(jax.lax.cond(seals, with_seal, without, segment))
-    return advance_lengths(dataclasses.replace(cache, segments=tuple(segments)), counts.asked)
+    return advance_lengths(dataclasses.replace(cache, segments=tuple(segments)), counts)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Counts:
-    asked: jax.Array
-    fitting: jax.Array
-
-
-def _that_fit(cache: KVCache, counts: jax.Array) -> _Counts:
-    counts = counts.astype(jnp.int32)
-    return _Counts(counts, jnp.where(cache.length + counts <= cache.capacity, counts, 0))
+def _that_fit(cache: KVCache, counts: jax.Array) -> jax.Array:
+    """`counts`, 0 for the rows in which they would overrun the capacity."""
+    return jnp.where(cache.length + counts <= cache.capacity, counts, 0).astype(jnp.int32)
 
 
 def advance_lengths(cache: KVCache, counts: jax.Array) -> KVCache:
     """The bookkeeping of a write, once for all layers."""
-    counts = _that_fit(cache, counts)
-    total = cache.length + counts.fitting
+    fitting = _that_fit(cache, counts)
+    total = cache.length + fitting
     newly = cache.sealed(total) - cache.sealed(cache.length)
     return dataclasses.replace(
         cache,
         length=total,
         frozen=jnp.maximum(cache.frozen - newly * cache.block, 0),
-        overrun=cache.overrun + counts.asked - counts.fitting,
+        overrun=cache.overrun + counts.astype(jnp.int32) - fitting,
     )
 
 

@@ -237,7 +237,8 @@ def _chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Array) -> 
 
         def body(x, layer, segment=segment):
             absolute = segment.first_layer + layer
-            qs, new = _attention.layer_inputs(cache, segment, *module.qkv(absolute, x), counts)
+            q, k, v = module.qkv(absolute, x)
+            qs, new = _attention.layer_inputs(cache, segment, q, k, v, counts)
             out = _attention.attend_layer(cache, segment, layer, qs, new, "cached")
             return module.finish(absolute, x, out.astype(x.dtype)), (new.k_stored, new.v)
 

@@ -9,6 +9,8 @@
 | bf16, f16, f32 | uncompressed | |
 """
 
+from typing import Literal
+
 from kvjax.codecs import IdentityCodec, NUQChannelCodec, NUQTokenCodec
 from kvjax.policy import Preset
 
@@ -22,7 +24,7 @@ def kvquant(bits: int, outliers: float = 0.01, q_norm: bool = False) -> Preset:
     )
 
 
-def per_token(bits: int, table: str) -> Preset:
+def per_token(bits: int, table: Literal["uniform", "nf"]) -> Preset:
     """The paper's baselines: one asymmetric range per token over the kv width, keys after RoPE (Appendix P)."""
     codec = NUQTokenCodec(bits=bits, table=table)
     return Preset(keys=codec, values=codec)

@@ -96,7 +96,10 @@ class Stream:
     """Prints text as its tokens arrive; holds back what may still be part of a character."""
 
     def __init__(self, tokenizer: Any, prompt: str):
-        self.tokenizer, self.tokens, self.times, self.text = tokenizer, [], [], ""
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.text = ""
         print(prompt, end="", flush=True)
 
     def take(self, tokens: np.ndarray) -> None:
