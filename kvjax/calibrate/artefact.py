@@ -77,7 +77,7 @@ class Meta:
 
     def flat(self) -> dict[str, Any]:
         """The fields, those of `keys` and `values` as `keys.bits` and so on."""
-        fields = {}
+        fields: dict[str, Any] = {}
         for name, value in vars(self).items():
             fields |= {f"{name}.{part}": v for part, v in vars(value).items()} if name in CODED else {name: value}
         return fields
@@ -216,11 +216,10 @@ def _parse(path: Path, metadata: Mapping[str, str], way_out: str) -> Meta:
     for name, wanted in fields.items():
         if type(values[name]) is not wanted:
             raise ValueError(f"{path}: `{name}` is {values[name]!r}, not {wanted.__name__}; {way_out}.")
-    nested = {
-        tensor: TensorMeta(**{part.name: values[f"{tensor}.{part.name}"] for part in dataclasses.fields(TensorMeta)})
-        for tensor in CODED
-    }
-    return Meta(**nested, **{name: values[name] for name in fields if "." not in name})
+    parts = [part.name for part in dataclasses.fields(TensorMeta)]
+    plain: dict[str, Any] = {name: values[name] for name in fields if "." not in name}
+    nested: dict[str, Any] = {t: TensorMeta(**{part: values[f"{t}.{part}"] for part in parts}) for t in CODED}
+    return Meta(**nested, **plain)
 
 
 def _fault(tensors: Mapping[str, np.ndarray], meta: Meta) -> str | None:

@@ -92,7 +92,7 @@ def calibrate(
     Raises:
       ValueError, OSError: one line, for a preset that needs no calibration, or text that does not do.
     """
-    _check_preset(name, preset)
+    codecs = _codecs(name, preset)
     length = min(LENGTH, model.config.max_positions) if length is None else length
     if samples < 1:
         raise ValueError(f"`samples={samples}` must be at least 1.")
@@ -108,7 +108,7 @@ def calibrate(
     collected = collect(
         model,
         tokens,
-        outlier_fractions=(preset.keys.outliers, preset.values.outliers),
+        outlier_fractions=tuple(codec.outliers for codec in codecs.values()),
         sinks=preset.sinks,
         pre_rope=preset.keys.pre_rope,
         batch=batch,
@@ -119,12 +119,13 @@ def calibrate(
 
 def fit(model: LoadedModel, name: str, preset: Preset, collected: dict[float, Stats], source: str) -> Calibration:
     """The constants of a preset from the statistics of one `collect` with its sinks, fractions and kind of keys."""
-    settings = _settings(model, preset)
+    settings = _settings(model, name, preset)
     stats = {tensor: collected[asked.outliers] for tensor, asked in settings.items()}
     tables = {t: fit_tables(stats[t], asked.bits, asked.table, qnorm=True)[t] for t, asked in settings.items()}
     meta = Meta(
         preset=name,
-        **settings,
+        keys=settings["keys"],
+        values=settings["values"],
         sinks=preset.sinks,
         qnorm=True,  # always: the codec chooses between the two tables
         **artefact.model_facts(model),
@@ -142,9 +143,8 @@ def save(path, calibration: Calibration) -> None:
 
 def load(path, model: LoadedModel, name: str, preset: Preset) -> Calibration:
     """Reads a calibration file for preset `name` of `model`; an error in one line where it was made for another."""
-    _check_preset(name, preset)
     wanted = artefact.model_facts(model) | {"sinks": preset.sinks, "qnorm": True}
-    for tensor, settings in _settings(model, preset).items():
+    for tensor, settings in _settings(model, name, preset).items():
         wanted |= {f"{tensor}.{field}": value for field, value in vars(settings).items()}
     source = model.path or "M"
     way_out = f"recalibrate with scripts/calibrate.py --model {source} --quant {name} --out {path}"
@@ -152,7 +152,7 @@ def load(path, model: LoadedModel, name: str, preset: Preset) -> Calibration:
     return Calibration(tables, meta)
 
 
-def _settings(model: LoadedModel, preset: Preset) -> dict[str, TensorMeta]:
+def _settings(model: LoadedModel, name: str, preset: Preset) -> dict[str, TensorMeta]:
     return {
         tensor: TensorMeta(
             bits=codec.bits,
@@ -161,11 +161,12 @@ def _settings(model: LoadedModel, preset: Preset) -> dict[str, TensorMeta]:
             slots=codec.slots(model.config.head_dim),
             pre_rope=codec.pre_rope,
         )
-        for tensor, codec in (("keys", preset.keys), ("values", preset.values))
+        for tensor, codec in _codecs(name, preset).items()
     }
 
 
-def _check_preset(name: str, preset: Preset) -> None:
+def _codecs(name: str, preset: Preset) -> dict[str, NUQChannelCodec | NUQTokenCodec]:
+    """The codecs of keys and values, which are of the kinds that calibration knows."""
     if not preset.needs_params:
         raise ValueError(f"`quant={name}` needs no calibration: use it as it is.")
     if not (isinstance(preset.keys, NUQChannelCodec) and isinstance(preset.values, NUQTokenCodec)):
@@ -173,3 +174,4 @@ def _check_preset(name: str, preset: Preset) -> None:
             f"`quant={name}` cannot be calibrated: it stores {preset.keys.describe()} keys and "
             f"{preset.values.describe()} values; calibration fits per-channel nuq keys and per-token nuq values."
         )
+    return {"keys": preset.keys, "values": preset.values}

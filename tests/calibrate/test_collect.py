@@ -244,6 +244,11 @@ def test_bad_tokens_are_refused(model, bad, message):
         collect(model, bad, progress=False)
 
 
+def test_a_batch_of_nothing_is_refused(model, tokens):
+    with pytest.raises(ValueError, match="`batch=0`"):
+        collect(model, tokens, batch=0, progress=False)
+
+
 def test_a_broken_model_is_noticed(model, tokens):
     broken = model.with_state(model.state | {"head": model.state["head"] * np.float32(np.nan)})
     with pytest.raises(ValueError, match="gradients are not finite"):

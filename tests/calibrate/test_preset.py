@@ -11,17 +11,12 @@ import pytest
 from kvjax.cache import CacheShape
 from kvjax.calibrate.preset import calibrate, load, save
 from kvjax.codecs.kvquant import NUQChannelCodec, NUQTokenCodec
-from kvjax.model.config import ModelConfig
 from kvjax.model.rope import make_rope
 from kvjax.model.weights import init_random
 from kvjax.model.weights import load as load_model
 from kvjax.policy import Preset, bind
 from kvjax.policy import preset as named_preset
 
-CONFIG = ModelConfig(
-    layers=2, width=16, mlp_width=16, q_heads=2, kv_heads=1, head_dim=8, vocab=40, max_positions=64, bos_id=3,
-    initializer_range=0.3,
-)  # fmt: skip
 PRESET = Preset(
     keys=NUQChannelCodec(bits=3, outliers=0.1, pre_rope=True),
     values=NUQTokenCodec(bits=2, q_norm=True, table="nf"),
@@ -30,22 +25,17 @@ PRESET = Preset(
 
 
 @pytest.fixture(scope="module")
-def model():
-    return init_random(CONFIG, make_rope(8, 64), seed=0)
+def calibration(small):
+    return calibrate(small, "mixed", PRESET, samples=2, length=20, progress=False)
 
 
-@pytest.fixture(scope="module")
-def calibration(model):
-    return calibrate(model, "mixed", PRESET, samples=2, length=20, progress=False)
-
-
-def test_keys_and_values_are_fitted_for_their_own_codecs(model, calibration):
+def test_keys_and_values_are_fitted_for_their_own_codecs(small, calibration):
     keys, values = calibration.params
     assert keys["levels"].shape == (2, 8) and values["levels"].shape == (2, 4)
     assert (calibration.meta.keys.table, calibration.meta.values.table) == ("fisher*s2", "nf")
     assert (calibration.meta.keys.slots, calibration.meta.values.slots) == (1, 0)
-    policy = bind("mixed", PRESET, CONFIG.layers, keys, values)
-    policy.check(CacheShape(2, 2, 1, 8, model.rope))
+    policy = bind("mixed", PRESET, small.config.layers, keys, values)
+    policy.check(CacheShape(2, 2, 1, 8, small.rope))
     x = jax.random.normal(jax.random.key(0), (1, 5, 8))
     layer = {name: array[0] for name, array in keys.items()}
     assert np.isfinite(PRESET.keys.roundtrip(x, layer)).all()
@@ -59,21 +49,21 @@ def test_the_report_has_a_row_per_layer_and_tensor(calibration):
     assert rows[1]["outliers"] == 0
 
 
-def test_file_and_back(model, calibration, tmp_path):
+def test_file_and_back(small, calibration, tmp_path):
     path = tmp_path / "mixed.safetensors"
     save(path, calibration)
-    loaded = load(path, model, "mixed", PRESET)
+    loaded = load(path, small, "mixed", PRESET)
     assert loaded.meta == calibration.meta and loaded.report() == []
     jax.tree.map(np.testing.assert_array_equal, loaded.params, calibration.params)
     # Q-Norm is the codec's choice between two tables of one file.
-    load(path, model, "mixed", dataclasses.replace(PRESET, values=NUQTokenCodec(bits=2, table="nf")))
+    load(path, small, "mixed", dataclasses.replace(PRESET, values=NUQTokenCodec(bits=2, table="nf")))
 
-    other = init_random(CONFIG, make_rope(8, 64), seed=1)
+    other = init_random(small.config, make_rope(8, 64), seed=1)
     with pytest.raises(
         ValueError, match=r"`model` is .* recalibrate with scripts/calibrate.py --model M --quant mixed"
     ):
         load(path, other, "mixed", PRESET)
-    stretched = dataclasses.replace(model, rope=make_rope(8, 64, rope_type="linear", factor=2.0))
+    stretched = dataclasses.replace(small, rope=make_rope(8, 64, rope_type="linear", factor=2.0))
     with pytest.raises(ValueError, match="`rope` is"):
         load(path, stretched, "mixed", PRESET)
     for change, message in [
@@ -82,21 +72,21 @@ def test_file_and_back(model, calibration, tmp_path):
         ({"keys": dataclasses.replace(PRESET.keys, bits=4)}, "`keys.bits` is 3"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load(path, model, "mixed", dataclasses.replace(PRESET, **change))
+            load(path, small, "mixed", dataclasses.replace(PRESET, **change))
 
 
-def test_bad_requests_are_refused(model):
+def test_bad_requests_are_refused(small):
     with pytest.raises(ValueError, match="`quant=bf16` needs no calibration"):
-        calibrate(model, "bf16", named_preset("bf16"))
+        calibrate(small, "bf16", named_preset("bf16"))
     with pytest.raises(ValueError, match="`samples=0`"):
-        calibrate(model, "mixed", PRESET, samples=0)
+        calibrate(small, "mixed", PRESET, samples=0)
     with pytest.raises(
         ValueError, match="`length=65` must be more than 2 tokens and at most the model's context of 64"
     ):
-        calibrate(model, "mixed", PRESET, length=65)
+        calibrate(small, "mixed", PRESET, length=65)
     swapped = dataclasses.replace(PRESET, keys=NUQTokenCodec(bits=3))
     with pytest.raises(ValueError, match="`quant=swapped` cannot be calibrated"):
-        calibrate(model, "swapped", swapped)
+        calibrate(small, "swapped", swapped)
 
 
 @pytest.fixture

@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 
 from kvjax.calibrate.text import self_sampled_tokens, tokens_from_file
-from kvjax.model.config import ModelConfig
-from kvjax.model.rope import make_rope
-from kvjax.model.weights import init_random
 
 # One token per word: its number.
 WORDS = SimpleNamespace(tokenizer=lambda text, verbose: {"input_ids": [int(w) for w in text.split()]})
@@ -46,20 +43,11 @@ def test_bad_files_are_refused(text):
         tokens_from_file(WORDS, text, 1, 10)
 
 
-@pytest.fixture(scope="module")
-def small():
-    config = ModelConfig(
-        layers=1, width=16, mlp_width=16, q_heads=2, kv_heads=1, head_dim=8, vocab=40, max_positions=64, bos_id=3,
-        eos_ids=tuple(range(20)), initializer_range=0.3,
-    )  # fmt: skip
-    return init_random(config, make_rope(8, 64), seed=0)
-
-
 def test_the_model_writes_its_own_text(small):
-    tokens, source = self_sampled_tokens(small, samples=3, length=12, seed=5, progress=False)
-    assert tokens.shape == (3, 12) and source == "self-sampled, seed 5"
+    tokens, source = self_sampled_tokens(small, samples=2, length=20, seed=5, progress=False)
+    assert tokens.shape == (2, 20) and source == "self-sampled, seed 5"
     assert (tokens[:, 0] == 3).all()
     # At temperature 1 rows differ, and half of the ids being ends of text ends none of them.
-    assert len({tuple(row) for row in tokens}) == 3
+    assert len({tuple(row) for row in tokens}) == 2
     assert all(len(set(row[-4:])) > 1 for row in tokens)
-    np.testing.assert_array_equal(tokens, self_sampled_tokens(small, 3, 12, seed=5, progress=False)[0])
+    np.testing.assert_array_equal(tokens, self_sampled_tokens(small, 2, 20, seed=5, progress=False)[0])
