@@ -5,6 +5,8 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -29,8 +31,8 @@ Place = Callable[[str, np.ndarray], jax.Array]
 def load(source, dtype=None, place: Place | None = None) -> LoadedModel:
     """Loads a Llama or Mistral model.
 
-    Tensors go one by one from the memory-mapped file into their `[L, ...]` stack, so the host holds at most one
-    stack besides the model.
+    Tensors go one by one from the memory-mapped file into their `[L, ...]` stack and the stack to its device, so the
+    host never holds a second copy of the model: a stack or two at most.
 
     Args:
       source: "tiny" (ships with the library), a directory in Hugging Face layout, or a hub id such as
@@ -78,7 +80,8 @@ def stack_weights(
       place: as for `load`.
     """
     dtype = check_dtype(dtype)
-    place = place or (lambda name, array: jnp.asarray(array))
+    # Waiting for each copy: it keeps the host's stack alive, and the next one is about to be built.
+    place = place or (lambda name, array: jax.block_until_ready(jnp.asarray(array)))
 
     def gather(spec: WeightSpec, shape: tuple[int, ...]) -> np.ndarray:
         if not spec.stacked:
@@ -96,20 +99,26 @@ def init_random(config: ModelConfig, rope: Rope, seed: int, dtype=jnp.float32) -
     """A model with random weights: normal(0, initializer_range) matrices, zero biases, unit norms.
 
     Drawn by numpy, so that a seed means the same weights on every backend and version of JAX, and nothing compiles.
-    Every weight has a stream of its own: those that two configs share are equal.
+    Every tensor has a stream of its own: those that two configs share are equal, and threads draw them side by side.
     """
     dtype = check_dtype(dtype)
+
+    def draw(name: str, shape: tuple[int, ...], layer: int) -> np.ndarray:
+        if name.endswith("_bias") or name.endswith("norm"):
+            return np.full(shape, name.endswith("norm"), dtype)
+        rng = np.random.default_rng([seed, layer, zlib.crc32(name.encode())])
+        return (rng.standard_normal(shape, np.float32) * np.float32(config.initializer_range)).astype(dtype)
+
     state = {}
-    for name, shape in weight_shapes(config).items():
-        if name.endswith("_bias"):
-            value = np.zeros(shape, dtype)
-        elif name.endswith("norm"):
-            value = np.ones(shape, dtype)
-        else:
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            value = rng.standard_normal(shape, np.float32)
-            value *= np.float32(config.initializer_range)
-        state[name] = jnp.asarray(value.astype(dtype, copy=False))
+    with ThreadPoolExecutor() as pool:
+        for name, shape in weight_shapes(config).items():
+            if WEIGHTS[name].stacked:
+                stack = np.empty(shape, dtype)
+                for layer, drawn in enumerate(pool.map(partial(draw, name, shape[1:]), range(config.layers))):
+                    stack[layer] = drawn
+            else:
+                stack = draw(name, shape, 0)
+            state[name] = jnp.asarray(stack)
     return LoadedModel(state, jax.device_put(rope), config)
 
 
