@@ -1,0 +1,1 @@
+"""Llama and Mistral models: configuration, rotary embedding, forward pass, loading and saving."""
