@@ -1,0 +1,56 @@
+"""The command line of generate.py: its report, and one line and exit code 2 for bad input."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture
+def main(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    sys.modules.pop("generate", None)
+    import generate
+
+    return generate.main
+
+
+def test_report(main, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert main(["--quant", "int4", "--prompt", "The sea", "--max-new-tokens", "4", "--json", str(report)]) == 0
+    out = capsys.readouterr()
+    figures = json.loads(report.read_text())
+    assert list(figures) == [
+        "text", "quant", "bits_per_element", "cache_bytes", "bf16_bytes", "prefill_tokens_per_s",
+        "decode_tokens_per_s", "path", "platform", "versions",
+    ]  # fmt: skip
+    assert out.out == f"The sea{figures['text']}\n" and figures["text"]
+    assert figures["bits_per_element"] == 4.25  # 4-bit codes and 32 bits per token of 128 channels
+    assert "4.25 bits per element" in out.err and "reference (chunked jnp)" in out.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--quant", "kvquant33"], "`quant=kvquant33` is not a preset; the nearest are kvquant3"),
+        (["--context", "8"], "--context is 8; pass --context"),
+        (["--prompt", ""], "`prompt` is empty"),
+        (["--prompt-file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt"),
+        (["--max-new-tokens", "0"], "`max_new_tokens=0`"),
+        (["--temperature", "-1"], "`temperature=-1.0`"),
+        (["--quant", "bf16", "--strict"], "strict: the reference would run"),
+        (["--quant", "kvquant3", "--calibration", "{damaged}"], "damaged"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(main, tmp_path, capsys, arguments, message):
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"\x10\x00\x00")
+    with pytest.raises(SystemExit) as stop:
+        main([a.format(damaged=damaged) for a in arguments])
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
