@@ -59,14 +59,15 @@ class Checkpoints:
             place=ocp.args.JsonRestore(),
         )
         found = self._manager.restore(step, args=items)
-        leaves = jax.tree.leaves(found["state"])
-        return Place(**found["place"]), jax.tree.unflatten(jax.tree.structure(like), leaves)
+        moments = [leaf for _, leaf in sorted(found["state"]["optimizer"].items())]
+        optimizer = jax.tree.unflatten(jax.tree.structure(like.optimizer), moments)
+        return Place(**found["place"]), TrainState(found["state"]["params"], optimizer)
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
     """Weights by name and moments by number: a layout on disk that no library's class decides."""
     moments = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state.optimizer))}
-    return {"0_optimizer": moments, "1_params": state.params}
+    return {"params": state.params, "optimizer": moments}
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 def read_text(path: str | Path) -> str:
-    """Reads a UTF-8 text file, plain or compressed (`.xz`, `.gz`).
+    """Reads a UTF-8 text file, plain or compressed (`.xz`, `.gz`); every kind of line end becomes a line feed.
 
     Raises:
       ValueError: the file is missing, unreadable, damaged or not UTF-8; one line that says which.
@@ -31,7 +31,7 @@ def read_text(path: str | Path) -> str:
     try:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:
             content = file.read()
-        return content.decode("utf-8")
+        return content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"`{path}` is not UTF-8 text (byte {error.start}); convert it, for example with iconv."

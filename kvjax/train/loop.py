@@ -79,7 +79,7 @@ def train(recipe: Recipe, corpus: Corpus, out: Path, options: Options = Options(
     }
     run = check_identity(out / "run.json", identity, options.resume)
     model = initial_model(recipe)
-    step = make_step(model, recipe, mesh)
+    step = make_step(recipe, mesh)
     if "trained_recipe" not in run:
         fitted = _fit(recipe, step, model, mesh, options.minutes) if options.minutes else recipe
         run = {**run, "trained_recipe": dataclasses.asdict(fitted)}
@@ -170,8 +170,8 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
         signal.signal(number, usual[number])
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            usual[number] = signal.signal(number, note)
+        for request in (signal.SIGINT, signal.SIGTERM):
+            usual[request] = signal.signal(request, note)
     try:
         yield lambda: bool(requests)
     finally:

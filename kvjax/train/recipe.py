@@ -109,12 +109,11 @@ class Recipe:
         return rate * min(1.0, (step + 1) / max(1, self.optimizer.warmup_steps))
 
     def scaled(self, factor: float) -> "Recipe":
-        """The same phases with `factor` times the tokens, and a warm-up that shrinks with them."""
+        """The same phases with `factor` times the tokens; of a short run no more than a twentieth is warm-up."""
         phases = tuple(dataclasses.replace(p, tokens=max(1, round(p.tokens * factor))) for p in self.phases)
-        warmup = max(1, round(self.optimizer.warmup_steps * min(1.0, factor)))
-        return dataclasses.replace(
-            self, phases=phases, optimizer=dataclasses.replace(self.optimizer, warmup_steps=warmup)
-        )
+        scaled = dataclasses.replace(self, phases=phases)
+        warmup = min(self.optimizer.warmup_steps, max(1, scaled.steps // 20))
+        return dataclasses.replace(scaled, optimizer=dataclasses.replace(self.optimizer, warmup_steps=warmup))
 
 
 def load(path: str | Path, settings: Iterable[str] = ()) -> Recipe:

@@ -5,6 +5,7 @@ Data parallelism only: a mesh with the axis `data`, batches sharded along it, we
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from kvjax.model.config import ModelConfig
 from kvjax.model.llama import LoadedModel
-from kvjax.model.rope import Leaf, make_rope
+from kvjax.model.rope import Leaf, Rope, make_rope
 from kvjax.model.weights import init_random
 from kvjax.train.loss import token_losses
-from kvjax.train.recipe import Optimizer, Recipe
+from kvjax.train.recipe import Optimizer, Recipe, Shape
 from kvjax.train.tasks import TASKS
 
 MAX_TASKS = len(TASKS)
@@ -59,8 +60,16 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 def initial_model(recipe: Recipe) -> LoadedModel:
     """The untrained model in float32; the same for the same seed, on any number of devices."""
-    shape = recipe.model
-    config = ModelConfig(
+    config = dataclasses.replace(_config(recipe.model), initializer_range=recipe.init_std)
+    return init_random(config, _rope(recipe.model), recipe.seed)
+
+
+def _rope(shape: Shape) -> Rope:
+    return make_rope(shape.head_dim, shape.max_positions, rope_theta=shape.rope_theta)
+
+
+def _config(shape: Shape) -> ModelConfig:
+    return ModelConfig(
         layers=shape.layers,
         width=shape.width,
         mlp_width=shape.mlp_width,
@@ -73,9 +82,7 @@ def initial_model(recipe: Recipe) -> LoadedModel:
         max_positions=shape.max_positions,
         bos_id=0,
         eos_ids=(1,),
-        initializer_range=recipe.init_std,
     )
-    return init_random(config, make_rope(shape.head_dim, shape.max_positions, rope_theta=shape.rope_theta), recipe.seed)
 
 
 def make_optimizer(settings: Optimizer) -> optax.GradientTransformation:
@@ -91,11 +98,11 @@ def make_optimizer(settings: Optimizer) -> optax.GradientTransformation:
     )
 
 
-def compute_dtype(recipe: Recipe, platform: str) -> jnp.dtype:
+def compute_dtype(recipe: Recipe, platform: str) -> str:
     """Dtype of activations and of the weights that products see; see `Recipe.compute_dtype`."""
     if recipe.compute_dtype == "auto":
-        return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
-    return jnp.dtype(recipe.compute_dtype)
+        return "float32" if platform == "cpu" else "bfloat16"
+    return recipe.compute_dtype
 
 
 def initial_state(model: LoadedModel, recipe: Recipe, mesh: Mesh) -> TrainState:
@@ -109,19 +116,24 @@ def place(batch: Batch, mesh: Mesh) -> tuple[jax.Array, ...]:
     return jax.device_put((batch.tokens, batch.weights, batch.tasks.astype(np.int32)), NamedSharding(mesh, P("data")))
 
 
-def make_step(model: LoadedModel, recipe: Recipe, mesh: Mesh) -> Step:
+def make_step(recipe: Recipe, mesh: Mesh) -> Step:
     """Compiles `(state, rate, tokens, weights, tasks) -> (state, metrics)`; the state is donated.
 
     Metrics: `loss`, the mean over all weighted predictions in nats; `task_loss` and `task_weight` `[tasks]`, the sums
     per task; `gradient_norm` before clipping. Losses and softmax are float32 whatever the compute dtype.
     """
-    dtype = compute_dtype(recipe, mesh.devices.flat[0].platform)
-    optimizer = make_optimizer(recipe.optimizer)
+    return _make_step(recipe.model, recipe.optimizer, compute_dtype(recipe, mesh.devices.flat[0].platform), mesh)
+
+
+@functools.lru_cache(maxsize=8)  # a run resumed in the same process compiles nothing again
+def _make_step(shape: Shape, settings: Optimizer, dtype: str, mesh: Mesh) -> Step:
+    optimizer = make_optimizer(settings)
+    config, rope = _config(shape), _rope(shape)
     replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
     def objective(params, tokens, weights):
-        cast = model.with_state({name: x.astype(dtype) for name, x in params.items()})
-        return token_losses(cast, tokens, weights / weights.sum())
+        model = LoadedModel({name: x.astype(dtype) for name, x in params.items()}, rope, config)
+        return token_losses(model, tokens, weights / weights.sum())
 
     def step(state, rate, tokens, weights, tasks):
         (loss, losses), gradients = jax.value_and_grad(objective, has_aux=True)(state.params, tokens, weights)

@@ -37,9 +37,10 @@ def test_steps_take_windows_in_turn():
 
 def test_scaling_keeps_the_shape_of_the_schedule():
     half = two_phases().scaled(0.5)
-    assert half.phase_steps == (5, 2) and half.optimizer.warmup_steps == 2
-    assert [half.learning_rate(s) for s in (0, 1, 5, 6)] == pytest.approx([0.5, 1.0, 0.8, 0.0])
-    assert two_phases().scaled(2).optimizer.warmup_steps == 4
+    assert half.phase_steps == (5, 2) and half.optimizer.warmup_steps == 1
+    assert [half.learning_rate(s) for s in (0, 1, 5, 6)] == pytest.approx([1.0, 1.0, 0.8, 0.0])
+    assert two_phases().scaled(3).optimizer.warmup_steps == 2  # a twentieth of 45 steps
+    assert two_phases().scaled(10).optimizer.warmup_steps == 4
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
