@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint, through transformers (imported at the first use only)."""
 
 import functools
+import os
 from pathlib import Path
 
 from kvjax.model.config import ModelConfig
@@ -17,6 +18,8 @@ def load_tokenizer(path: str | None, config: ModelConfig):
     """
     if path is None:
         raise ValueError("this model was built in memory and has no tokenizer; load one from a directory that has.")
+    # transformers advises to install torch, which is not needed for a tokenizer.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     directory = Path(path)
     whole = directory / "tokenizer.json"
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
