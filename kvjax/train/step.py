@@ -107,7 +107,8 @@ def compute_dtype(recipe: Recipe, platform: str) -> str:
 
 def initial_state(model: LoadedModel, recipe: Recipe, mesh: Mesh) -> TrainState:
     """Weights and zero moments, replicated over the mesh."""
-    state = TrainState(model.state, make_optimizer(recipe.optimizer).init(model.state))
+    params = jax.tree.map(jnp.copy, model.state)  # the first step donates them; the model's own must live on
+    state = TrainState(params, make_optimizer(recipe.optimizer).init(params))
     return jax.device_put(state, NamedSharding(mesh, P()))
 
 

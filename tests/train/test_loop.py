@@ -129,8 +129,11 @@ def test_a_finished_run_resumed_reports_again(whole, small_recipe, small_corpus)
 
 
 def test_minutes_scale_the_recipe_once(monkeypatch, small_recipe, small_corpus, tmp_path):
-    monkeypatch.setattr(loop, "_fit", lambda recipe, *rest: recipe.scaled(0.4))
+    factors = []
+    scaled = type(small_recipe).scaled
+    monkeypatch.setattr(type(small_recipe), "scaled", lambda self, factor: factors.append(factor) or scaled(self, 0.4))
     loop.train(small_recipe, small_corpus, tmp_path, options(minutes=1.0))
+    assert len(factors) == 1 and factors[0] > 1  # ten of these steps take far less than a minute
     assert len(log(tmp_path)) == 4
     monkeypatch.setattr(loop, "_fit", lambda *_: pytest.fail("a resumed run keeps its length"))
     loop.train(small_recipe, small_corpus, tmp_path, options(minutes=1.0, resume=True))
