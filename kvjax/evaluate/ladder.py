@@ -6,7 +6,7 @@ an ad-hoc policy, and all are fitted on one calibration text.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,9 @@ def steps(bits: int) -> list[Step]:
     tokens = NUQTokenCodec(bits=bits, table="uniform")
     nuq_values = NUQTokenCodec(bits=bits)
 
-    def channels(table: str = "fitted", pre_rope: bool = True, **settings: Any) -> NUQChannelCodec:
+    def channels(
+        table: Literal["fitted", "uniform", "nf"] = "fitted", pre_rope: bool = True, **settings: Any
+    ) -> NUQChannelCodec:
         return NUQChannelCodec(bits=bits, table=table, pre_rope=pre_rope, **settings)
 
     def nuq(weights: str) -> Preset:
@@ -164,7 +166,7 @@ def _candidate(model: LoadedModel, step: Step, stats: dict, length: int) -> Cand
     preset = step.preset
     params: dict[str, Any] = {"keys": None, "values": None}
     if preset.needs_params:
-        tables = fit_tables(stats[_key(step)][step.fraction], preset.keys.bits, preset.weights, qnorm=True)
+        tables = fit_tables(stats[_key(step)][step.fraction], preset.keys.bits, preset.weights, qnorm=True)  # type: ignore[attr-defined]
         params = {name: _for_codec(getattr(preset, name), tables[name]) for name in params}
     policy = bind(step.name, preset, model.config.layers, params["keys"], params["values"])
     # Packing wants whole words; one token more in the last block than the window has is a copy of the last.

@@ -68,7 +68,12 @@ def depths_of(count: int) -> np.ndarray:
 
 
 def prompts(
-    tokenizer: Any, haystack: np.ndarray | None, length: int, depths: Sequence[float], trials: int, seed: int = 0
+    tokenizer: Any,
+    haystack: np.ndarray | None,
+    length: int,
+    depths: Sequence[float] | np.ndarray,
+    trials: int,
+    seed: int = 0,
 ) -> list[Prompt]:
     """`trials` prompts of exactly `length` tokens for each depth.
 

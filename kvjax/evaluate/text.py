@@ -56,9 +56,9 @@ def read_text(path: Any, join: Join = "auto") -> tuple[str, str]:
 
 def tokenize(model: Any, path: Any, join: Join = "auto") -> Text:
     """Reads and tokenises a file for `model`, in one piece and with whatever its tokenizer puts in front."""
-    text, join = read_text(path, join)
+    text, joined = read_text(path, join)
     ids = model.tokenizer(text, verbose=False)["input_ids"]
-    return Text(np.asarray(ids, np.int32), len(text.encode()), Path(path).name, join)
+    return Text(np.asarray(ids, np.int32), len(text.encode()), Path(path).name, joined)
 
 
 def windows(text: Text, context: int, count: int | None = None) -> np.ndarray:
