@@ -74,6 +74,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
     def quant(sub: Parser) -> None:
         sub.add_argument("--quant", required=True, metavar="A,B,C", help="presets, commas between")
+        sub.add_argument("--calibration-text", metavar="FILE", help="fit presets on this now (their calibration files)")
 
     sub = command("perplexity", run_perplexity, "perplexity, KL and top-1 agreement against a bf16 cache")
     quant(sub)
@@ -112,7 +113,7 @@ def run_perplexity(args: argparse.Namespace) -> tuple[list, Table, list[str]]:
     model = kvjax.load(args.model, args.dtype)
     text, tokens = read_windows(args, model)
     first = perplexity.first_target(args.protocol, tokens.shape[1], args.prefill)
-    policies = [kvjax.policy(name, model) for name in names]
+    policies = [kvjax.policy(name, model, text=args.calibration_text) for name in names]
     results = perplexity.perplexity(
         model, policies, tokens, protocol=args.protocol, prefill=args.prefill, batch=args.batch
     )
@@ -135,7 +136,7 @@ def run_passkey(args: argparse.Namespace) -> tuple[list, Table, list[str]]:
     text = tokenize(model, args.text, "newline") if args.text else None
     lengths = [length for part in args.lengths for length in part]
     passkey.tasks_of(model, text.tokens if text else None, lengths, args.depths, args.trials)  # refuses, or is cheap
-    policies = [kvjax.policy(name, model) for name in names]
+    policies = [kvjax.policy(name, model, text=args.calibration_text) for name in names]
     results = passkey.passkey(
         model, policies, text.tokens if text else None,
         lengths=lengths, depths=args.depths, trials=args.trials, seed=args.seed,
