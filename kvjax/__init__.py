@@ -1,9 +1,9 @@
 """Compressed K/V caches for JAX: contexts at 1 to 8 bits per element on CPU, GPU and TPU.
 
-    model = kvjax.load("tiny")
-    policy = kvjax.policy("kvquant3", model)
-    cache = kvjax.decode.init_cache(model, policy, batch=1, capacity=1024)
-    tokens, cache = kvjax.decode.generate(model, cache, prompt, max_new_tokens=100)
+model = kvjax.load("tiny")
+policy = kvjax.policy("kvquant3", model)
+cache = kvjax.decode.init_cache(model, policy, batch=1, capacity=1024)
+tokens, cache = kvjax.decode.generate(model, cache, prompt, max_new_tokens=100)
 """
 
 from typing import Any

@@ -20,9 +20,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import CacheShape, KVCache, Segment, span
+from kvjax.cache import CacheShape, KVCache, Segment
 from kvjax.codecs.base import AbstractCodec, Leaf
 from kvjax.model.rope import cos_sin, rotate
+from kvjax.writing import span
 
 # (storage type, platform) -> kernel. Empty: every platform takes the reference, and `explain` says so.
 FAST: dict[tuple[type, str], Any] = {}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kvjax import attention as _attention
 from kvjax import cache as _cache
+from kvjax import writing as _writing
 from kvjax.cache import KVCache
 
 
@@ -119,4 +120,4 @@ def _advance(cache, counts):
             k = jax.vmap(lambda k: _attention.rotate_tokens(cache.shape, k, position, cache.length + counts))(k)
         ks.append(k)
         vs.append(v)
-    return _cache.write(cache, jnp.concatenate(ks), jnp.concatenate(vs), counts)
+    return _writing.write(cache, jnp.concatenate(ks), jnp.concatenate(vs), counts)

@@ -9,7 +9,6 @@
 return. Bring your own model with `append`, `attend` and `advance` (`kvjax.byo`), which consume nothing.
 """
 
-import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from kvjax import cache as _cache
 from kvjax.attention import explain
 from kvjax.byo import advance, append, attend
 from kvjax.cache import CacheShape, KVCache
+from kvjax.model import cached
 from kvjax.rows import crop, fork
 from kvjax.sampling import Sampler, sample
 
@@ -83,7 +83,7 @@ def prefill(
     _cache.check_room(cache, counts)
     padded = np.zeros((tokens.shape[0], _bucket(tokens.shape[1])), np.int32)
     padded[:, : tokens.shape[1]] = tokens
-    run = _prefill_exact if attention == "exact" else _prefill_cached
+    run = cached.prefill_exact if attention == "exact" else cached.prefill_cached
     return run(model, cache, padded, counts)
 
 
@@ -100,14 +100,14 @@ def step(model: Any, cache: KVCache, token: Any, active: Any = None) -> tuple[ja
     """
     counts = jnp.ones((cache.batch,), jnp.int32) if active is None else jnp.asarray(active).astype(jnp.int32)
     _cache.check_room(cache, counts)
-    return _step(model, cache, jnp.asarray(token, jnp.int32), counts)
+    return cached.step(model, cache, jnp.asarray(token, jnp.int32), counts)
 
 
 def score(model: Any, cache: KVCache, tokens: Any) -> tuple[jax.Array, KVCache]:
     """Teacher-forced decoding: `tokens[B, S]` one by one through the real decode step; logits `[B, S, V]`."""
     tokens, counts = _checked_tokens(cache, np.asarray(tokens), None, model.config.vocab)
     _cache.check_room(cache, counts)
-    return _score(model, cache, tokens)
+    return cached.score(model, cache, tokens)
 
 
 def generate(
@@ -224,128 +224,6 @@ def _checked_tokens(cache: KVCache, tokens: np.ndarray, lengths: Any, vocab: int
     return used.astype(np.int32), counts.astype(np.int32)
 
 
-def _chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Array) -> tuple[jax.Array, KVCache]:
-    """S tokens per row through all layers, each seeing what a decode step would: hidden states `[B, S, D]`.
-
-    The cache is only read inside the scan over layers; the new keys and values leave it as outputs and are written
-    once, so no loop carries the cache.
-    """
-    module = model.module()
-    x = module.embed(tokens)
-    new_k, new_v = [], []
-    for segment in cache.segments:
-
-        def body(x, layer, segment=segment):
-            absolute = segment.first_layer + layer
-            q, k, v = module.qkv(absolute, x)
-            qs, new = _attention.layer_inputs(cache, segment, q, k, v, counts)
-            out = _attention.attend_layer(cache, segment, layer, qs, new, "cached")
-            return module.finish(absolute, x, out.astype(x.dtype)), (new.k_stored, new.v)
-
-        x, (k, v) = jax.lax.scan(body, x, jnp.arange(segment.layers, dtype=jnp.int32))
-        new_k.append(k)
-        new_v.append(v)
-    return x, _cache.write(cache, jnp.concatenate(new_k), jnp.concatenate(new_v), counts)
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def _step(model, cache, token, counts):
-    x, cache = _chunk(model, cache, token[:, None], counts)
-    return model.module().logits(x[:, 0]), cache
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def _score(model, cache, tokens):
-    ones = jnp.ones((cache.batch,), jnp.int32)
-
-    def body(cache, token):
-        x, cache = _chunk(model, cache, token[:, None], ones)
-        return cache, model.module().logits(x[:, 0])
-
-    cache, logits = jax.lax.scan(body, cache, tokens.T)
-    return logits.swapaxes(0, 1), cache
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def _prefill_cached(model, cache, tokens, counts):
-    """A chunk of tokens at a time through all layers."""
-    batch, width = tokens.shape
-    size = min(cache.block, width)
-    tokens = jnp.pad(tokens, ((0, 0), (0, -width % size)))
-
-    def body(chunk, carry):
-        cache, last = carry
-        here = jnp.clip(counts - chunk * size, 0, size)
-        x, cache = _chunk(model, cache, jax.lax.dynamic_slice_in_dim(tokens, chunk * size, size, axis=1), here)
-        at_end = _rows(x, jnp.maximum(here - 1, 0))
-        return cache, jnp.where((here > 0)[:, None], at_end, last)
-
-    module = model.module()
-    last = jnp.zeros((batch, model.config.width), module.embed(tokens[:, :1]).dtype)
-    cache, last = jax.lax.fori_loop(0, (counts.max() + size - 1) // size, body, (cache, last))
-    return module.logits(last), cache
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def _prefill_exact(model, cache, tokens, counts):
-    """Layer by layer over the whole call, with everything but hidden states and one layer's K/V in chunks."""
-    module = model.module()
-    size = min(_attention.QUERY_CHUNK, tokens.shape[1])
-    chunks = (counts.max() + size - 1) // size
-    x = module.embed(tokens)
-    segments = []
-    for segment in cache.segments:
-
-        def body(layer, carry):
-            x, segment = carry
-            x, new = _exact_layer(module, cache, segment, layer, x, counts, size, chunks)
-            return x, _cache.write_layer(cache, segment, layer, new.k_stored, new.v, counts)
-
-        x, segment = jax.lax.fori_loop(0, segment.layers, body, (x, segment))
-        segments.append(segment)
-    cache = _cache.advance_lengths(dataclasses.replace(cache, segments=tuple(segments)), counts)
-    return module.logits(_rows(x, counts - 1)), cache
-
-
-def _exact_layer(module, cache, segment, layer, x, counts, size, chunks):
-    """One layer over `x[B, S, D]`: all keys and values first, then attention and MLP, `size` tokens at a time."""
-    absolute = segment.first_layer + layer
-    total = cache.length + counts
-    B, S, _ = x.shape
-    empty = jnp.zeros((B, cache.shape.kv_heads, S, cache.shape.head_dim), cache.dtype)
-    pre_rope = segment.k_codec.pre_rope
-
-    def part(x, chunk):
-        return module.qkv(absolute, jax.lax.dynamic_slice_in_dim(x, chunk * size, size, axis=1))
-
-    def project(chunk, buffers):
-        _, k, v = part(x, chunk)
-        start = cache.length + chunk * size
-        new = _attention.new_tokens(cache.shape, segment.k_codec, k, v, start, total - start, cache.dtype)
-        parts = (new.k_rotated, new.v, new.k_stored) if pre_rope else (new.k_rotated, new.v)
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(b, p, chunk * size, axis=2) for b, p in zip(buffers, parts, strict=True)
-        )
-
-    k_rotated, v, *k_stored = jax.lax.fori_loop(0, chunks, project, (empty,) * (3 if pre_rope else 2))
-    new = _attention.NewTokens(k_stored[0] if pre_rope else k_rotated, k_rotated, v, counts)
-
-    def attend(chunk, x):
-        q, _, _ = part(x, chunk)
-        qs = _attention.queries(cache.shape, q, cache.length, total, offset=chunk * size)
-        out = _attention.attend_layer(cache, segment, layer, qs, new, "exact")
-        here = jax.lax.dynamic_slice_in_dim(x, chunk * size, size, axis=1)
-        here = module.finish(absolute, here, out.astype(x.dtype))
-        return jax.lax.dynamic_update_slice_in_dim(x, here, chunk * size, axis=1)
-
-    return jax.lax.fori_loop(0, chunks, attend, x), new
-
-
-def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """`x[b, index[b]]` of `x[B, S, D]`."""
-    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
-
-
 @functools.partial(jax.jit, static_argnames="sampler")
 def _first_token(sampler, logits, key, eos_ids):
     token = sample(sampler, logits, jax.random.fold_in(key, 0))
@@ -355,7 +233,7 @@ def _first_token(sampler, logits, key, eos_ids):
 @functools.partial(jax.jit, static_argnames="sampler", donate_argnames="cache")
 def _next_token(sampler, model, cache, token, done, key, i, eos_ids):
     """Feeds `token` to the rows that go on and draws their next one; ended rows repeat theirs."""
-    x, cache = _chunk(model, cache, token[:, None], jnp.where(done, 0, 1))
+    x, cache = cached.forward_chunk(model, cache, token[:, None], jnp.where(done, 0, 1))
     drawn = sample(sampler, model.module().logits(x[:, 0]), jax.random.fold_in(key, i))
     token = jnp.where(done, token, drawn)
     return token, done | (token[:, None] == eos_ids[None, :]).any(-1), cache

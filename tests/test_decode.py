@@ -11,6 +11,7 @@ from cases import make_policy
 import kvjax
 from kvjax import decode
 from kvjax.codecs import IdentityCodec, NUQChannelCodec, NUQTokenCodec
+from kvjax.model import cached
 from kvjax.model.config import ModelConfig
 from kvjax.model.forward import forward
 from kvjax.model.rope import make_rope
@@ -63,24 +64,9 @@ def prefill_in(model, name, tokens, lengths, cuts, attention):
 
 
 def codes_of(cache, row):
-    """All codes of a row: of its sealed blocks, and those that its recent tokens would get."""
-    out = []
-    held = int(cache.length[row] - cache.recent_start(cache.length)[row])
-    for s in cache.segments:
-        for block, recent, codec, params in (
-            (s.k, s.k_recent, s.k_codec, s.k_params),
-            (s.v, s.v_recent, s.v_codec, s.v_params),
-        ):
-            out.append(np.asarray(jax.tree.leaves(codec.unpack(block))[0])[:, row])
-            if codec.token_local:
-                quantized = [
-                    jax.tree.leaves(
-                        codec.quantize(recent[i, row, :, : max(held, 1)], jax.tree.map(lambda p, i=i: p[i], params))
-                    )
-                    for i in range(s.layers)
-                ]
-                out.append(np.stack([np.asarray(leaves[0]) for leaves in quantized])[:, :, : max(held, 0)])
-    return np.concatenate([codes.reshape(-1) for codes in out])
+    """The packed words of a row's sealed blocks."""
+    blocks = [np.asarray(jax.tree.leaves(block)[0])[:, row] for s in cache.segments for block in (s.k, s.v)]
+    return np.concatenate([words.reshape(-1) for words in blocks])
 
 
 def assert_same_logits(logits, cache, wanted, wanted_cache):
@@ -88,24 +74,24 @@ def assert_same_logits(logits, cache, wanted, wanted_cache):
 
     K/V of the same text differ in the last float32 bit with the shape of the matrix product that made them. Such a
     bit can carry an element over the midpoint of two levels; from that token on the row's logits differ by what
-    quantization itself costs. That is allowed to one element in 5,000 and to small effect, and must not happen in
-    every row.
+    quantization itself costs. That is allowed in one word in 500 (ten codes) and to small effect, and must not happen
+    in every row.
     """
     flipped = []
     for b in range(len(logits)):
-        mine, theirs = codes_of(cache, b), codes_of(wanted_cache, b)
-        flips = (mine != theirs).mean() if mine.dtype == np.uint8 else 0.0
+        words, wanted_words = codes_of(cache, b), codes_of(wanted_cache, b)
+        flips = (words != wanted_words).mean() if cache.segments[0].k_codec.needs_params else 0.0
         flipped.append(flips > 0)
-        assert flips < 2e-4
+        assert flips < 2e-3
         np.testing.assert_allclose(logits[b], wanted[b], atol=5e-2 if flips else 1e-4)
     assert not all(flipped)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_cached_prefill_does_not_depend_on_the_split_and_equals_steps(model, tokens, name):
-    lengths = np.array([100, T + 1, 2 * T])
+    lengths = np.array([2 * T + 1, T + 1, 2 * T + 1])  # behind the sink all is sealed: the words hold every code
     whole, cache = prefill_in(model, name, tokens, lengths, [], "cached")
-    for cuts in ([0.5], [0.1, 0.33, 0.97]):
+    for cuts in ([0.5], [0.1, 0.33]):
         split, split_cache = prefill_in(model, name, tokens, lengths, cuts, "cached")
         assert_same_logits(split, split_cache, whole, cache)
     stepped = new_cache(model, name)
@@ -144,18 +130,18 @@ def test_exact_prefill_of_a_prompt_sees_no_quantization(model, tokens):
     assert (np.asarray(stored)[:, :, :3] != 0).any()
 
 
-def test_prompt_lengths_around_a_block(model, tokens):
-    """Rows of 1, T-1, T, T+1 and T+2 tokens at once, cut behind the first token and not, and three steps more."""
-    lengths = np.array([1, T - 1, T, T + 1, T + 2])
-    rows = np.resize(tokens[:, :70], (5, 70))
-    whole, cache = decode.prefill(model, new_cache(model, "kvquant", batch=5), rows[:, : T + 2], lengths, "cached")
-    logits, single = decode.prefill(model, new_cache(model, "kvquant", batch=5), rows[:, :1], attention="cached")
-    for i in range(1, T + 2):
-        out, single = decode.step(model, single, rows[:, i], active=i < lengths)
+@pytest.mark.parametrize("lengths", [(1, T - 1, T), (T + 1, T + 2, 2)], ids=str)
+def test_prompt_lengths_around_a_block(model, tokens, lengths):
+    """At once and one by one, and three steps more."""
+    lengths = np.array(lengths)
+    whole, cache = decode.prefill(model, new_cache(model, "kvquant"), tokens[:, : 2 * T], lengths, "cached")
+    single, logits = new_cache(model, "kvquant"), np.zeros((B, CONFIG.vocab), np.float32)
+    for i in range(lengths.max()):
+        out, single = decode.step(model, single, tokens[:, i], active=i < lengths)
         logits = np.where((i < lengths)[:, None], out, logits)
     assert_same_logits(logits, single, whole, cache)
     for i in range(3):
-        following = rows[np.arange(5), lengths + i]
+        following = tokens[np.arange(B), lengths + i]
         a, cache = decode.step(model, cache, following)
         b, single = decode.step(model, single, following)
         assert_same_logits(b, single, a, cache)
@@ -207,18 +193,18 @@ def test_bad_prompts_and_full_caches_are_errors_that_lose_nothing(model, tokens)
 def test_one_trace_for_any_number_of_steps_and_the_cache_is_donated(model, tokens):
     # A capacity of its own: no other test has compiled this step.
     _, cache = decode.prefill(model, new_cache(model, "kvquant", capacity=300), tokens[:, :10])
-    before = decode._step._cache_size()
+    before = cached.step._cache_size()
     for i in range(2 * T):  # seals twice
         leaf = cache.segments[0].k.codes
         _, cache = decode.step(model, cache, tokens[:, i])
         assert leaf.is_deleted()
-    assert decode._step._cache_size() == before + 1
+    assert cached.step._cache_size() == before + 1
 
 
 def compiled_step(model, capacity):
     cache = jax.eval_shape(lambda: new_cache(model, "kvquant", capacity=capacity))
     i32 = jax.ShapeDtypeStruct((B,), jnp.int32)
-    return cache, decode._step.lower(model, cache, i32, i32).compile().memory_analysis()
+    return cache, cached.step.lower(model, cache, i32, i32).compile().memory_analysis()
 
 
 def test_a_step_updates_the_cache_in_place_and_never_dequantizes_the_context(model):
@@ -231,7 +217,7 @@ def test_a_step_updates_the_cache_in_place_and_never_dequantizes_the_context(mod
 
 @pytest.mark.parametrize("attention", ["exact", "cached"])
 def test_temporaries_of_a_long_prompt_are_bounded(model, attention):
-    run = decode._prefill_exact if attention == "exact" else decode._prefill_cached
+    run = cached.prefill_exact if attention == "exact" else cached.prefill_cached
     sizes = {}
     for tokens in (1024, 4096):
         cache = jax.eval_shape(lambda: new_cache(model, "kvquant", batch=1, capacity=8192))

@@ -1,10 +1,10 @@
 """KVQuant's two codecs (arXiv 2401.18079): a shared table of signposts per layer, rescaled per channel or per token.
 
 Keys are scaled per channel, with ranges fitted offline (section 3.1) and before RoPE (section 3.2); values per token
-over the whole kv width, online. Codes are indices into one table of 2**b levels in [-1, 1] per layer and tensor, which
-all heads share (nuqX, section 3.3). The farthest elements go to fixed outlier slots (section 3.4): the code saturates
-and the slot holds the 16-bit residual against it, so decoding has no branch and an outlier without a slot still
-saturates instead of vanishing.
+over the whole kv width, online. Codes are indices into one table of 2**b levels per layer and tensor, from about -1 to
+1, which all heads share (nuqX, section 3.3). The farthest elements go to fixed outlier slots (section 3.4): the code
+saturates and the slot holds the 16-bit residual against it, so decoding has no branch and an outlier without a slot
+still saturates instead of vanishing.
 
 Slots are counted per token and head, `ceil(fraction * H)` of 24 bits each (uint8 channel, float16 residual): at 1 % at
 most 0.40 bit per element for the head sizes of Llama models. The alternative, 1 % of a block's elements pooled per head
