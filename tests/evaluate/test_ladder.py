@@ -36,7 +36,7 @@ def test_ladder(model, windows):
     assert rows[2].delta == rows[2].result.perplexity - rows[1].result.perplexity
     assert all(np.isfinite(row.result.nll) and row.result.kl > 0 for row in rows[1:])
 
-    tables = fit_tables(collect(model, calibration, sinks=1, progress=False)[0.01], 3)
+    tables = fit_tables(collect(model, calibration, outlier_fractions=(0.0, 0.01), progress=False)[0.01], 3)
     alone = bind("alone", kvquant(3), 2, tables["keys"], tables["values"])
     (_, result) = perplexity(model, [alone], windows[:2], progress=False)
     assert result.nll == pytest.approx(measured["1 % outliers (kvquant3)"].nll, rel=1e-6)
