@@ -11,10 +11,12 @@ from pathlib import Path
 
 from _cli import one_line_errors
 
+TINY = Path(__file__).resolve().parents[1] / "configs" / "train_tiny.toml"
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", type=Path, required=True, help="recipe in TOML, e.g. configs/train_tiny.toml")
+    parser.add_argument("--config", type=Path, default=TINY, help="recipe in TOML; by default configs/train_tiny.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change an entry of the recipe")
     parser.add_argument("--corpus", type=Path, nargs="+", required=True, help="texts: .txt, .txt.xz or .txt.gz")
     parser.add_argument("--held-out", type=Path, help="text for the report; without it the end of the corpus is kept")

@@ -67,7 +67,7 @@ class Recipe:
     Attributes:
       tokens_per_step: every step reads this many tokens, in as many windows as that makes.
       compute_dtype: of the matrix products; weights and optimizer stay float32. `auto` is bfloat16 on GPU and
-        TPU and float32 on CPU, where bfloat16 gains a tenth of the time at best (docs/training.md).
+        TPU and float32 on CPU, where bfloat16 saves a tenth of the time at best (docs/training.md).
       init_std: standard deviation of the initial matrices.
       phases: in order.
     """
