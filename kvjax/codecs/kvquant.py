@@ -17,10 +17,10 @@ bits, perplexity against bf16, KL):
     uncapped         +0.3 %  0.0023         +1.2 %  0.0093         +5.3 %  0.049
 
 Pooling saves two fifths of the KL at 4 bits and a fifth below, since 0.4 % of the keys lie outside their range without
-finding a slot, and nothing in perplexity. It was not kept: a token's code would depend on its block, so a decode step
-could not see its own token as stored, nor a cropped block keep its codes; and a kernel would scatter from a list instead
-of selecting one channel per slot. Heads stay independent, so they can be sharded, where the paper's slots over the whole
-kv width could not.
+finding a slot, and nothing in perplexity. It was not kept: a token's code would depend on its block, so a decode
+step could not see its own token as stored, nor a cropped block keep its codes; and a kernel would scatter from a list
+instead of selecting one channel per slot. Heads stay independent, so they can be sharded, where the paper's slots over
+the whole kv width could not.
 
 With `table="uniform"` the same classes are the paper's intX baselines (asymmetric, real-valued zero point, Appendix G),
 with `table="nf"` its NormalFloat baselines.
