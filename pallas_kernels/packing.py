@@ -70,6 +70,13 @@ def unpack(words: jax.Array, bits: int) -> jax.Array:
     return (codes & jnp.uint32((1 << bits) - 1)).astype(jnp.uint8).reshape(*lead, fields * cells, channels)
 
 
+def token_mask(kept: jax.Array, tokens: int, bits: int) -> jax.Array:
+    """Words `[..., 1, tokens * bits / 32, 1]` in which the bits of tokens below `kept[...]` are set."""
+    token = jax.lax.broadcasted_iota(jnp.int32, (1,) * kept.ndim + (1, tokens, 1), kept.ndim + 1)
+    chosen = token < kept[..., None, None, None]
+    return pack(jnp.where(chosen, jnp.uint8(2**bits - 1), jnp.uint8(0)), bits)
+
+
 def _layout(bits: int) -> list[tuple[tuple[int, int, int], list[tuple[int, int]]]]:
     """Per word of a cell: (first field, one past the last, bit of the first) of the fields wholly inside, and the
     straddling ones as (field, left shift), negative where their high bits go to the bottom of the word."""

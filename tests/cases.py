@@ -2,13 +2,32 @@
 
 import numpy as np
 
-from kvjax.codecs import AbstractCodec, IdentityCodec, NUQChannelCodec, NUQTokenCodec
+from kvjax.codecs import (
+    AbstractCodec,
+    AffineCodec,
+    Float8Codec,
+    IdentityCodec,
+    NUQChannelCodec,
+    NUQTokenCodec,
+    RotatedCodec,
+)
 from kvjax.policy import Policy, Preset, bind
 
 CODEC_CASES: dict[str, AbstractCodec] = {
     "identity-f32": IdentityCodec(dtype="float32"),
     "identity-bf16": IdentityCodec(dtype="bfloat16"),
     "identity-f16": IdentityCodec(dtype="float16"),
+    "affine8": AffineCodec(bits=8, group=8),
+    "affine4-token": AffineCodec(bits=4, group=None),
+    "affine3-eta-int8": AffineCodec(bits=3, group=8, levels="eta", meta="int8"),
+    "affine2": AffineCodec(bits=2, group=8),
+    "affine1-two-mean": AffineCodec(bits=1, group=8, levels="two_mean"),
+    "affine4-tokens": AffineCodec(bits=4, group=32, along="tokens"),
+    "affine2-tokens-bf16": AffineCodec(bits=2, group=64, along="tokens", meta="bfloat16", pre_rope=True),
+    "affine1-tokens-int8": AffineCodec(bits=1, group=32, along="tokens", meta="int8"),
+    "float8-e4m3": Float8Codec("e4m3"),
+    "float8-e5m2": Float8Codec("e5m2"),
+    "rotated-affine4": RotatedCodec(AffineCodec(bits=4, group=None)),
     "token-int4": NUQTokenCodec(bits=4, table="uniform"),
     "token-nf3": NUQTokenCodec(bits=3, table="nf"),
     "token-nuq4": NUQTokenCodec(bits=4),

@@ -128,10 +128,7 @@ class _NUQCodec(AbstractCodec):
 
     def keep(self, old: NUQBlock, new: NUQBlock, kept: jax.Array) -> NUQBlock:
         tokens = 32 * old.codes.shape[-2] // self.bits
-        token = jax.lax.broadcasted_iota(jnp.int32, (1,) * kept.ndim + (1, tokens, 1), kept.ndim + 1)
-        is_kept = token < kept[..., None, None, None]
-        # A token's bits stay where they are, so whole words can be mixed without unpacking them.
-        mask = packing.pack(jnp.where(is_kept, jnp.uint8(2**self.bits - 1), jnp.uint8(0)), self.bits)
+        mask = packing.token_mask(kept, tokens, self.bits)
         codes = (old.codes & mask) | (new.codes & ~mask)
         rest = {
             name: None if getattr(old, name) is None else keep_tokens(getattr(old, name), getattr(new, name), kept, -1)
