@@ -7,7 +7,7 @@ Which of a token's two faces a query sees (design.md section 3), for a query at 
 
     sinks                    always exact
     token-local codecs       as stored if p_j <= p_i - w (w = exact window; 0: every token, the query's own included)
-    codecs over groups       as stored once the token's block was full before the query's step
+    codecs over groups       as stored once the token's run of w tokens was full before the query's step (0: its block)
     attention="exact"        the tokens of this call see each other exactly, and earlier ones as above
 
 RoPE for keys stored before it: scores of a block are (R(p_i - base) q) . (R(t) k_t), so the key side needs one table of
@@ -120,11 +120,14 @@ def _in_window(shape: CacheShape, query: jax.Array, token: jax.Array) -> jax.Arr
     return visible if shape.sliding_window is None else visible & (query - token < shape.sliding_window)
 
 
-def _seen_stored(cache: KVCache, codec: AbstractCodec, query: jax.Array, token: jax.Array) -> jax.Array | None:
+def _seen_stored(
+    cache: KVCache, codec: AbstractCodec, window: int, query: jax.Array, token: jax.Array
+) -> jax.Array | None:
     """Mask of the pairs where the query sees the token as stored; None where it always does."""
     if codec.token_local:
-        return None if cache.window == 0 else token <= query - cache.window
-    full_at = ((token - cache.sinks) // cache.block + 1) * cache.block + cache.sinks
+        return None if window == 0 else token <= query - window
+    run = window or cache.block
+    full_at = ((token - cache.sinks) // run + 1) * run + cache.sinks
     return full_at <= query
 
 
@@ -283,7 +286,8 @@ def _recent(cache: KVCache, segment: Segment, layer: Any, qs: Queries, new: NewT
         stored = jnp.where(still_frozen[:, None, :, None], exact, stored)
         if name == "k" and codec.pre_rope:
             exact, stored = (rotate_tokens(shape, y, position, qs.total) for y in (exact, stored))
-        return exact.astype(jnp.float32), stored.astype(jnp.float32), _seen_stored(cache, codec, query, token)
+        mask = _seen_stored(cache, codec, getattr(cache, f"{name}_window"), query, token)
+        return exact.astype(jnp.float32), stored.astype(jnp.float32), mask
 
     k_exact, k_stored, k_mask = faces("k", new.k_stored)
     v_exact, v_stored, v_mask = faces("v", new.v)
@@ -336,7 +340,7 @@ def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -
     platform = platform or jax.default_backend()
     lines, slow = [], []
     for segment in cache.segments:
-        name = f"layers {segment.first_layer} to {segment.first_layer + segment.layers - 1}"
+        name = f"layers {_ranges(segment.layer_ids)}"
         what = f"keys {segment.k_codec.describe()}, values {segment.v_codec.describe()}"
         kernel = FAST.get((type(segment.k), platform))
         if kernel is None:
@@ -348,3 +352,10 @@ def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -
     if strict and slow:
         raise NotImplementedError(f"strict: the reference would run for {'; '.join(slow)}; drop `strict` to allow it.")
     return "\n".join(lines)
+
+
+def _ranges(ids: tuple[int, ...]) -> str:
+    """Ascending integers in words: "0 to 3, 7, 9 to 11"."""
+    starts = [i for i in ids if i - 1 not in ids]
+    ends = [i for i in ids if i + 1 not in ids]
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends))

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax import attention as _attention
 from kvjax import cache as _cache
@@ -62,7 +63,9 @@ def attend(
     if q.shape != wanted:
         raise ValueError(f"`q` of shape {q.shape} must be [B, S, K*G, H] = {wanted}, as appended.")
     index = _segment_of(cache, layer)
-    return _attend(cache, index, jnp.asarray(layer), q, _counts(cache, counts), attention)
+    ids = cache.segments[index].layer_ids
+    at = layer if isinstance(layer, jax.core.Tracer) else ids.index(int(layer))  # one segment: they are the same
+    return _attend(cache, index, jnp.asarray(at), jnp.asarray(layer), q, _counts(cache, counts), attention)
 
 
 def advance(cache: KVCache, counts: Any = None) -> KVCache:
@@ -94,30 +97,31 @@ def _segment_of(cache: KVCache, layer: Any) -> int:
             f"`layer` is traced, but the cache has {len(cache.segments)} segments of different codecs; "
             "pass a Python integer, or scan within a segment."
         )
-    firsts = [segment.first_layer for segment in cache.segments]
-    return sum(first <= int(layer) for first in firsts) - 1
+    for index, segment in enumerate(cache.segments):
+        if int(layer) in segment.layer_ids:
+            return index
+    raise ValueError(f"`layer={int(layer)}` must lie between 0 and {cache.shape.layers - 1}.")
 
 
 @functools.partial(jax.jit, static_argnames=("index", "mode"))
-def _attend(cache, index, layer, q, counts, mode):
+def _attend(cache, index, at, layer, q, counts, mode):
     segment, shape = cache.segments[index], cache.shape
     B, S, _, H = q.shape
     k, v = (jnp.take(x, layer, axis=0).swapaxes(1, 2) for x in cache.pending)
     q_grouped = q.reshape(B, S, shape.kv_heads, -1, H)
     qs, new = _attention.layer_inputs(cache, segment, q_grouped, k, v, counts)
-    out = _attention.attend_layer(cache, segment, layer - segment.first_layer, qs, new, mode)
+    out = _attention.attend_layer(cache, segment, at, qs, new, mode)
     return out.reshape(q.shape).astype(q.dtype)
 
 
 @jax.jit
 def _advance(cache, counts):
     position = cache.length[:, None] + jnp.arange(cache.pending[0].shape[3], dtype=jnp.int32)[None, :]
-    ks, vs = [], []
+    k, v = cache.pending
+    pre_rope = np.zeros(cache.shape.layers, bool)
     for segment in cache.segments:
-        part = slice(segment.first_layer, segment.first_layer + segment.layers)
-        k, v = (x[part] for x in cache.pending)
-        if not segment.k_codec.pre_rope:
-            k = jax.vmap(lambda k: _attention.rotate_tokens(cache.shape, k, position, cache.length + counts))(k)
-        ks.append(k)
-        vs.append(v)
-    return _writing.write(cache, jnp.concatenate(ks), jnp.concatenate(vs), counts)
+        pre_rope[list(segment.layer_ids)] = segment.k_codec.pre_rope
+    if not pre_rope.all():
+        rotated = jax.vmap(lambda k: _attention.rotate_tokens(cache.shape, k, position, cache.length + counts))(k)
+        k = jnp.where(pre_rope[:, None, None, None, None], k, rotated) if pre_rope.any() else rotated
+    return _writing.write(cache, k, v, counts)

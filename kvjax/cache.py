@@ -1,11 +1,13 @@
 """The K/V cache: blocks, a ring of recent tokens, sinks. Knows blocks and lengths, never formats or attention.
 
-Positions and storage of a row with `s` sinks, blocks of `T` tokens and exact window `w`:
+Positions and storage of a row with `s` sinks, blocks of `T` tokens and `w` tokens that must stay exact:
 
     position p < s            a sink, exact for ever
     token t = p - s           token t mod T of block t // T
     sealed = max(0, n - s - w) // T      blocks that are encoded once the row holds n tokens (a function of n alone)
     tokens t >= sealed * T    wait in `recent`, in the compute dtype, at index t - sealed * T
+
+Keys and values have windows of their own (`kvjax.attention` says who sees what); w is what both of them need.
 """
 
 import dataclasses
@@ -41,7 +43,7 @@ class CacheShape:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Cache of L consecutive layers that share one codec pair.
+    """Cache of L layers that share one codec pair.
 
     Attributes:
       k, v: sealed blocks, every leaf `[L, B, N, K or 1, ...]`.
@@ -49,7 +51,8 @@ class Segment:
       k_sinks, v_sinks: `[L, B, K, s, H]`.
       k_params, v_params: the codecs' fitted constants, leaves `[L, ...]`, or None.
       dropped: `[L, B]` int32, outliers of sealed blocks that found no slot.
-      k_codec, v_codec, first_layer: static.
+      k_codec, v_codec: static.
+      layer_ids: the layers of the model, ascending; static.
     """
 
     k: Leaf
@@ -63,11 +66,11 @@ class Segment:
     dropped: Leaf
     k_codec: AbstractCodec = dataclasses.field(metadata={"static": True})
     v_codec: AbstractCodec = dataclasses.field(metadata={"static": True})
-    first_layer: int = dataclasses.field(metadata={"static": True})
+    layer_ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
     def layers(self) -> int:
-        return self.dropped.shape[0]
+        return len(self.layer_ids)
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +79,7 @@ class KVCache:
     """A model's whole cache; a pytree that is passed in and returned, and donated at the outermost jit.
 
     Attributes:
-      segments: layers in order.
+      segments: every layer is in one of them.
       length: `[B]` int32, tokens in each row.
       frozen: `[B]` int32, tokens at the start of `recent` that came back from a sealed block when the row was cropped:
         `recent` holds them decoded, and their codes are kept when the block seals again.
@@ -84,6 +87,7 @@ class KVCache:
       pending: keys and values `[L, B, K, S, H]` of the tokens appended since the last `advance`.
       shape: the model's dimensions.
       block, sinks, window, capacity: T, s, w and the tokens that fit; static.
+      k_window, v_window: as in `kvjax.policy.Preset`; static.
       policy: the policy's name, for reports; static.
     """
 
@@ -96,6 +100,8 @@ class KVCache:
     block: int = dataclasses.field(metadata={"static": True})
     sinks: int = dataclasses.field(metadata={"static": True})
     window: int = dataclasses.field(metadata={"static": True})
+    k_window: int = dataclasses.field(metadata={"static": True})
+    v_window: int = dataclasses.field(metadata={"static": True})
     capacity: int = dataclasses.field(metadata={"static": True})
     policy: str = dataclasses.field(metadata={"static": True})
 
@@ -129,7 +135,7 @@ def init(
 
     Args:
       shape: the model's dimensions.
-      policy: a `kvjax.policy.Policy`: its segments (codec pairs with their params), sinks and exact window.
+      policy: a `kvjax.policy.Policy`: its segments (codec pairs with their params), sinks and windows.
       batch: rows.
       capacity: tokens per row that must fit; rounded up to whole blocks.
       dtype: compute dtype, in which recent tokens and sinks are held.
@@ -141,8 +147,8 @@ def init(
         raise ValueError(f"`capacity={capacity}` must be at least 1 token.")
     if block < 32 or block % 32:
         raise ValueError(f"`block={block}` must be a positive multiple of 32 tokens; the default is 128.")
-    sinks, window = policy.sinks, policy.window
-    blocks = max(1, -(-(capacity - sinks) // block))
+    sinks, window = policy.sinks, _held_back(policy, block)
+    blocks = max(1, -(-(capacity - sinks - window) // block))  # the newest `window` tokens are never in one
     recent = -(-(block - 1 + window) // block) * block
     heads, head_dim = shape.kv_heads, shape.head_dim
 
@@ -161,18 +167,18 @@ def init(
 
     segments = tuple(
         Segment(
-            k=storage(part.k_codec, part.k_params, part.layers),
-            v=storage(part.v_codec, part.v_params, part.layers),
-            k_recent=dense(part.layers, recent),
-            v_recent=dense(part.layers, recent),
-            k_sinks=dense(part.layers, sinks),
-            v_sinks=dense(part.layers, sinks),
+            k=storage(part.k_codec, part.k_params, len(part.layer_ids)),
+            v=storage(part.v_codec, part.v_params, len(part.layer_ids)),
+            k_recent=dense(len(part.layer_ids), recent),
+            v_recent=dense(len(part.layer_ids), recent),
+            k_sinks=dense(len(part.layer_ids), sinks),
+            v_sinks=dense(len(part.layer_ids), sinks),
             k_params=own(part.k_params),
             v_params=own(part.v_params),
-            dropped=jnp.zeros((part.layers, batch), jnp.int32),
+            dropped=jnp.zeros((len(part.layer_ids), batch), jnp.int32),
             k_codec=part.k_codec,
             v_codec=part.v_codec,
-            first_layer=part.first_layer,
+            layer_ids=part.layer_ids,
         )
         for part in policy.segments
     )
@@ -187,9 +193,31 @@ def init(
         block=block,
         sinks=sinks,
         window=window,
-        capacity=sinks + blocks * block,
+        k_window=policy.k_window,
+        v_window=policy.v_window,
+        capacity=sinks + blocks * block + window,
         policy=policy.name,
     )
+
+
+def _held_back(policy: Any, block: int) -> int:
+    """The newest tokens that no sealed block may hold, so that `kvjax.attention` can show them as they must be seen."""
+    held = 0
+    for name, window in (("k", policy.k_window), ("v", policy.v_window)):
+        for part in policy.segments:
+            codec = getattr(part, f"{name}_codec")
+            if codec.token_local:
+                held = max(held, window)
+                continue
+            run, shared = window or block, codec.shared_tokens(block)
+            if run % shared or (run % block and block % run):
+                raise ValueError(
+                    f"`{name}_window={window}` of {codec.describe()} must be a multiple of the {shared} tokens that "
+                    f"share a group, and divide `block={block}` or be a multiple of it; use {shared} or {block}."
+                )
+            # Runs end with blocks or inside them; a run of several blocks waits until all of it may be seen as stored.
+            held = max(held, run - block)
+    return held
 
 
 def check_room(cache: KVCache, counts: Any) -> None:

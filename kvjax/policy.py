@@ -5,13 +5,29 @@ layers and to fitted constants, ready for `kvjax.decode.init_cache`.
 """
 
 import dataclasses
-import difflib
 import os
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from kvjax.cache import CacheShape
 from kvjax.codecs.base import AbstractCodec
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """Other codecs for some layers.
+
+    Attributes:
+      layers: of the model, from 0; negative ones count from the last.
+      keys, values: None leaves what is there.
+    """
+
+    layers: tuple[int, ...]
+    keys: AbstractCodec | None = None
+    values: AbstractCodec | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,30 +35,49 @@ class Preset:
     """A method: codecs for keys and values, exact tokens at both ends, and how it is calibrated.
 
     Attributes:
-      keys, values: the codecs of every layer.
+      keys, values: the codecs of every layer that `overrides` does not name.
       sinks: the first tokens stay exact (KVQuant section 3.5).
-      window: the newest tokens are seen exactly by later ones (token-local codecs).
+      k_window, v_window: recent tokens that are seen exactly. Token-local codecs: the newest so many, the query's own
+        included. Codecs over groups of tokens: all of a run of so many until it is full; 0 is a block.
       weights: of the k-means that fits tables: "fisher*s2" (arXiv 2401.18079, Eq. 7), "fisher" (the released code) or
         "none".
+      overrides: applied in order.
+      budget: true bits per element that `kvjax.calibrate.allocate` is to spend over the layers, instead of `overrides`.
     """
 
     keys: AbstractCodec
     values: AbstractCodec
     sinks: int = 0
-    window: int = 0
+    k_window: int = 0
+    v_window: int = 0
     weights: str = "fisher*s2"
+    overrides: tuple[Override, ...] = ()
+    budget: float | None = None
+
+    def codecs(self, layers: int) -> list[tuple[AbstractCodec, AbstractCodec]]:
+        """The codecs of keys and values of each of a model's `layers` layers."""
+        pairs = [(self.keys, self.values)] * layers
+        for override in self.overrides:
+            for layer in override.layers:
+                if not -layers <= layer < layers:
+                    raise ValueError(
+                        f"`quant` sets layer {layer}, but the model has {layers} layers; name 0 to {layers - 1}."
+                    )
+                keys, values = pairs[layer]
+                pairs[layer] = (override.keys or keys, override.values or values)
+        return pairs
 
     @property
     def needs_params(self) -> bool:
-        return self.keys.needs_params or self.values.needs_params
+        mine = (self.keys, self.values, *(c for o in self.overrides for c in (o.keys, o.values)))
+        return any(codec is not None and codec.needs_params for codec in mine)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SegmentPolicy:
-    """Consecutive layers with one codec pair; params leaves are `[layers, ...]`, or None."""
+    """Layers with one codec pair; params leaves are `[len(layer_ids), ...]`, or None."""
 
-    first_layer: int
-    layers: int
+    layer_ids: tuple[int, ...]
     k_codec: AbstractCodec
     v_codec: AbstractCodec
     k_params: Any = None
@@ -55,18 +90,19 @@ class Policy:
 
     Attributes:
       name: for reports.
-      segments: in layer order, without gaps.
-      sinks, window: as in `Preset`.
+      segments: every layer is in one of them.
+      sinks, k_window, v_window: as in `Preset`.
     """
 
     name: str
     segments: tuple[SegmentPolicy, ...]
     sinks: int = 0
-    window: int = 0
+    k_window: int = 0
+    v_window: int = 0
 
     def check(self, shape: CacheShape) -> None:
         """Raises ValueError where the policy was made for a model of another shape."""
-        layers = sum(segment.layers for segment in self.segments)
+        layers = sum(len(segment.layer_ids) for segment in self.segments)
         if layers != shape.layers:
             raise ValueError(
                 f"`policy` {self.name!r} covers {layers} layers, but the model has {shape.layers}; "
@@ -86,20 +122,51 @@ class Policy:
                     )
 
 
+# Consecutive layers of one codec pair make a segment, up to so many. Beyond, all layers of a pair make one: compile
+# time follows the number of segments.
+MAX_RUNS = 8
+
+
 def bind(name: str, preset: Preset, layers: int, k_params: Any = None, v_params: Any = None) -> Policy:
-    """A preset for `layers` layers, with fitted constants (leaves `[layers, ...]`) where its codecs need them."""
-    segment = SegmentPolicy(0, layers, preset.keys, preset.values, k_params, v_params)
-    return Policy(name, (segment,), preset.sinks, preset.window)
+    """A preset for `layers` layers.
+
+    Args:
+      k_params, v_params: fitted constants, leaves `[layers, ...]`, where its codecs need them: of the one codec that
+        does, or a dict of codec to constants.
+    """
+    pairs = preset.codecs(layers)
+    runs = [[0]] if layers else []
+    for layer in range(1, layers):
+        if pairs[layer] == pairs[layer - 1]:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    if len(runs) > MAX_RUNS:
+        runs = [[i for i in range(layers) if pairs[i] == pair] for pair in dict.fromkeys(pairs)]
+
+    def fitted(codec: AbstractCodec, params: Any, ids: list[int]) -> Any:
+        if not codec.needs_params or params is None:
+            return None
+        if isinstance(next(iter(params)), AbstractCodec):
+            params = params[codec]
+        return jax.tree.map(
+            lambda p: p[ids[0] : ids[-1] + 1] if len(ids) == ids[-1] - ids[0] + 1 else p[np.array(ids)], params
+        )
+
+    segments = []
+    for ids in runs:
+        keys, values = pairs[ids[0]]
+        segments.append(
+            SegmentPolicy(tuple(ids), keys, values, fitted(keys, k_params, ids), fitted(values, v_params, ids))
+        )
+    return Policy(name, tuple(segments), preset.sinks, preset.k_window, preset.v_window)
 
 
 def preset(name: str) -> Preset:
-    """A built-in preset by name; a ValueError for an unknown name lists the nearest."""
-    from kvjax.presets import PRESETS  # presets are made of the classes here
+    """A method by name, as `kvjax.presets.named`; a ValueError for an unknown name lists the nearest."""
+    from kvjax.presets import named  # presets are made of the classes here
 
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=4, cutoff=0.5) or list(PRESETS)
-        raise ValueError(f"`quant={name}` is not a preset; the nearest are {', '.join(near)}.")
-    return PRESETS[name]
+    return named(str(name))
 
 
 def policy(name: str, model: Any, calibration: Any = None, text: Any = None, progress: bool = True) -> Policy:
@@ -121,22 +188,53 @@ def policy(name: str, model: Any, calibration: Any = None, text: Any = None, pro
     """
     chosen = preset(name)
     layers = model.config.layers
+    if chosen.budget is not None:
+        from kvjax.calibrate.allocate import allocated
+
+        chosen = allocated(model, name, chosen, text=text, progress=progress)
     if not chosen.needs_params:
         return bind(name, chosen, layers)
+    pairs = chosen.codecs(layers)
+    if chosen.overrides or not (chosen.keys.needs_params and chosen.values.needs_params):
+        if calibration is not None:
+            raise ValueError(f"`calibration` goes with one method, but `quant={name}` mixes several; leave it out.")
+        k_params, v_params = (
+            {
+                c: _of_builtin(c, side, model, text, progress)[side]
+                for c in {pair[side] for pair in pairs}
+                if c.needs_params
+            }
+            for side in (0, 1)
+        )
+        return bind(name, chosen, layers, k_params, v_params)
+    return bind(name, chosen, layers, *_calibrated(name, chosen, model, calibration, text, progress))
+
+
+def _of_builtin(codec: AbstractCodec, side: int, model: Any, text: Any, progress: bool) -> tuple[Any, Any]:
+    """The fitted constants of the built-in preset that stores keys (side 0) or values (1) with `codec`."""
+    from kvjax.presets import PRESETS
+
+    for name, found in PRESETS.items():
+        if (found.keys, found.values)[side] == codec:
+            return _calibrated(name, found, model, None, text, progress)
+    raise ValueError(f"`quant` mixes {codec.describe()}, which no built-in preset fits constants for; use a preset's.")
+
+
+def _calibrated(name: str, chosen: Preset, model: Any, calibration: Any, text: Any, progress: bool) -> tuple[Any, Any]:
+    """Constants of keys and values: fitted to `text`, from a file, or fitted now and kept."""
     from kvjax.calibrate import preset as calibrate  # needs this module, and Flax
 
     if text is not None:
-        found = calibrate.calibrate(model, name, chosen, text=text, progress=progress)
-        return bind(name, chosen, layers, *found.params)
+        return calibrate.calibrate(model, name, chosen, text=text, progress=progress).params
     cached = cache_directory() / model.fingerprint[:16] / f"{name}.safetensors"
     shipped = Path(model.path) / "calibration" / cached.name if model.path else cached
     path = calibration or next((p for p in (shipped, cached) if p.is_file()), None)
     if path is not None:
-        return bind(name, chosen, layers, *calibrate.load(path, model, name, chosen).params)
+        return calibrate.load(path, model, name, chosen).params
     found = calibrate.calibrate(model, name, chosen, progress=progress)
     cached.parent.mkdir(parents=True, exist_ok=True)
     calibrate.save(cached, found)
-    return bind(name, chosen, layers, *found.params)
+    return found.params
 
 
 def cache_directory() -> Path:

@@ -1,18 +1,41 @@
-"""The built-in presets, by name.
+"""The built-in presets, by name, and the families of names that carry numbers.
 
 | preset | method | paper |
 |---|---|---|
 | kvquant4, 3, 2 | keys per channel before RoPE, values per token, 1 % outliers, a sink | arXiv 2401.18079, Table 1 |
 | -dense | the same without outliers | |
 | -qnorm | dequantized with moment-matched tables | arXiv 2401.18079v3 |
-| int4, 3, 2; nf4, 3, 2 | the paper's baselines: per token, keys after RoPE | arXiv 2401.18079, Table 1 |
+| kivi8, 4, 3, 2, 1 | keys per channel, values per token, both in groups of 32; window 128 | arXiv 2402.02750 |
+| asymkv-LK-LV | KIVI, 2 bits for the keys of the first LK layers and the values of LV, else 1 | arXiv 2410.13212 |
+| asymkv-HI/LO-LK-LV | the same with other widths | |
+| asymkv-auto@BITS | bits per layer and tensor, spent where measurement says; BITS true bits per element | |
+| fp8, fp8-e5m2 | 8-bit floats with a scale per token | arXiv 2209.05433 |
+| int8, 4, 3, 2; nf4, 3, 2 | one range per token over the kv width, keys after RoPE | arXiv 2401.18079, Table 1 |
+| atom4, 3, 2 | per token in groups of 128 channels (of the head, where it is smaller) | arXiv 2310.19102 |
+| flexgen4, 3, 2 | per token in groups of 64 channels | arXiv 2303.06865 |
 | bf16, f16, f32 | uncompressed | |
+
+Suffixes of the KIVI and AsymKV families, in this order: -gN group, -wN window (KIVI's R), -eta or -twomean levels
+(`kvjax.codecs.affine`; -twomean: two means at 1 bit). NAME-rot rotates keys and values (`kvjax.codecs.rotated`). A:B
+takes the keys of A and the values of B. A name that ends in .toml is a file (`kvjax.policy_file`).
 """
 
+import dataclasses
+import difflib
+import re
 from typing import Literal
 
-from kvjax.codecs import IdentityCodec, NUQChannelCodec, NUQTokenCodec
-from kvjax.policy import Preset
+from kvjax.codecs import (
+    AbstractCodec,
+    AffineCodec,
+    Float8Codec,
+    IdentityCodec,
+    NUQChannelCodec,
+    NUQTokenCodec,
+    RotatedCodec,
+)
+from kvjax.codecs.affine import Levels
+from kvjax.policy import Override, Preset
 
 
 def kvquant(bits: int, outliers: float = 0.01, q_norm: bool = False) -> Preset:
@@ -25,8 +48,14 @@ def kvquant(bits: int, outliers: float = 0.01, q_norm: bool = False) -> Preset:
 
 
 def per_token(bits: int, table: Literal["uniform", "nf"]) -> Preset:
-    """The paper's baselines: one asymmetric range per token over the kv width, keys after RoPE (Appendix P)."""
-    codec = NUQTokenCodec(bits=bits, table=table)
+    """KVQuant's baselines: one asymmetric range per token over the kv width, keys after RoPE (Appendix P)."""
+    codec = AffineCodec(bits, group=None) if table == "uniform" else NUQTokenCodec(bits=bits, table=table)
+    return Preset(keys=codec, values=codec)
+
+
+def grouped(bits: int, group: int) -> Preset:
+    """Per token in groups of channels, as Atom (128) and FlexGen (64) store the cache."""
+    codec = AffineCodec(bits, group)
     return Preset(keys=codec, values=codec)
 
 
@@ -34,10 +63,73 @@ def uncompressed(dtype: str) -> Preset:
     return Preset(keys=IdentityCodec(dtype), values=IdentityCodec(dtype))
 
 
+def float8(form: Literal["e4m3", "e5m2"]) -> Preset:
+    return Preset(keys=Float8Codec(form), values=Float8Codec(form))
+
+
+def asymkv(
+    early: int,
+    late: int,
+    key_layers: int,
+    value_layers: int,
+    group: int = 32,
+    window: int = 128,
+    levels: Levels = "minmax",
+) -> Preset:
+    """AsymKV-early/late-key_layers/value_layers (arXiv 2410.13212, section 4) on KIVI's quantizer and windows.
+
+    A step that makes n tokens sees the first R * floor((n - 1) / R) keys as stored and all values but the newest R + 1
+    (R = `window`; arXiv 2402.02750, Algorithm 1). Without a window keys wait for their group only, values for nothing.
+    """
+
+    def codec(bits: int, along: Literal["tokens", "channels"]) -> AffineCodec:
+        return AffineCodec(bits, group, along, "minmax" if levels == "two_mean" and bits > 1 else levels)
+
+    return Preset(
+        keys=codec(late, "tokens"),
+        values=codec(late, "channels"),
+        k_window=window or group,
+        v_window=window + 1 if window else 0,
+        overrides=tuple(
+            override
+            for layers, override in (
+                (key_layers, Override(tuple(range(key_layers)), keys=codec(early, "tokens"))),
+                (value_layers, Override(tuple(range(value_layers)), values=codec(early, "channels"))),
+            )
+            if layers
+        ),
+    )
+
+
+def kivi(bits: int, group: int = 32, window: int = 128, levels: Levels = "minmax") -> Preset:
+    """KIVI at `bits` bits (arXiv 2402.02750, section 3)."""
+    return asymkv(bits, bits, 0, 0, group, window, levels)
+
+
 PRESETS: dict[str, Preset] = {
     "bf16": uncompressed("bfloat16"),
     "f16": uncompressed("float16"),
     "f32": uncompressed("float32"),
+    "fp8": float8("e4m3"),
+    "fp8-e5m2": float8("e5m2"),
+    "int8": per_token(8, "uniform"),
+    "int4": per_token(4, "uniform"),
+    "int3": per_token(3, "uniform"),
+    "int2": per_token(2, "uniform"),
+    "nf4": per_token(4, "nf"),
+    "nf3": per_token(3, "nf"),
+    "nf2": per_token(2, "nf"),
+    "atom4": grouped(4, 128),
+    "atom3": grouped(3, 128),
+    "atom2": grouped(2, 128),
+    "flexgen4": grouped(4, 64),
+    "flexgen3": grouped(3, 64),
+    "flexgen2": grouped(2, 64),
+    "kivi8": kivi(8),
+    "kivi4": kivi(4),
+    "kivi3": kivi(3),
+    "kivi2": kivi(2),
+    "kivi1": kivi(1),
     "kvquant4": kvquant(4),
     "kvquant3": kvquant(3),
     "kvquant2": kvquant(2),
@@ -50,10 +142,73 @@ PRESETS: dict[str, Preset] = {
     "kvquant4-dense-qnorm": kvquant(4, outliers=0, q_norm=True),
     "kvquant3-dense-qnorm": kvquant(3, outliers=0, q_norm=True),
     "kvquant2-dense-qnorm": kvquant(2, outliers=0, q_norm=True),
-    "int4": per_token(4, "uniform"),
-    "int3": per_token(3, "uniform"),
-    "int2": per_token(2, "uniform"),
-    "nf4": per_token(4, "nf"),
-    "nf3": per_token(3, "nf"),
-    "nf2": per_token(2, "nf"),
 }
+
+_SUFFIXES = r"(?:-g(?P<group>\d+))?(?:-w(?P<window>\d+))?(?:-(?P<levels>eta|twomean))?"
+_KIVI = re.compile(r"kivi(?P<early>\d)" + _SUFFIXES)
+_ASYMKV = re.compile(r"asymkv-(?:(?P<early>\d)/(?P<late>\d)-)?(?P<keys>\d+)-(?P<values>\d+)" + _SUFFIXES)
+_AUTO = re.compile(r"asymkv-auto@(?P<budget>\d+(?:\.\d+)?)" + _SUFFIXES)
+
+
+def named(name: str) -> Preset:
+    """The preset of a name, a pair of names A:B, or a TOML file."""
+    if name.endswith(".toml"):
+        from kvjax.policy_file import read  # reads names, so it needs this module
+
+        return read(name)
+    if ":" in name:
+        return pair(*name.split(":", 1))
+    if name in PRESETS:
+        return PRESETS[name]
+    if name.endswith("-rot"):
+        return rotated(named(name.removesuffix("-rot")))
+    for pattern, early, late in ((_KIVI, 2, None), (_ASYMKV, 2, 1), (_AUTO, 2, 1)):
+        if found := pattern.fullmatch(name):
+            return _asymkv_family(found.groupdict(), early, late)
+    near = difflib.get_close_matches(name, PRESETS, n=4, cutoff=0.5) or list(PRESETS)
+    raise ValueError(
+        f"`quant={name}` is not a preset; the nearest are {', '.join(near)}; kiviB, asymkv-LK-LV, asymkv-HI/LO-LK-LV, "
+        "asymkv-auto@BITS, NAME-rot, KEYS:VALUES and a .toml file are names too."
+    )
+
+
+def _asymkv_family(fields: dict[str, str | None], early: int, late: int | None) -> Preset:
+    early = int(fields["early"] or early) if "early" in fields else early
+    late = early if late is None else int(fields.get("late") or late)
+    levels: Levels = {None: "minmax", "eta": "eta", "twomean": "two_mean"}[fields["levels"]]  # type: ignore[assignment]
+    if levels == "two_mean" and 1 not in (early, late):
+        raise ValueError("`quant`: -twomean is of 1-bit codes; use -eta at other widths.")
+    preset = asymkv(
+        early, late, int(fields.get("keys") or 0), int(fields.get("values") or 0),
+        int(fields["group"] or 32), int(fields["window"] or 128), levels,
+    )  # fmt: skip
+    budget = fields.get("budget")
+    return dataclasses.replace(preset, budget=float(budget)) if budget else preset
+
+
+def pair(keys: str, values: str) -> Preset:
+    """The keys of one preset and the values of another; sinks as many as either wants."""
+    k, v = named(keys), named(values)
+    if k.budget is not None or v.budget is not None:
+        raise ValueError(f"`quant={keys}:{values}`: asymkv-auto chooses keys and values together; use it alone.")
+    overrides = [dataclasses.replace(o, values=None) for o in k.overrides if o.keys]
+    overrides += [dataclasses.replace(o, keys=None) for o in v.overrides if o.values]
+    return Preset(
+        k.keys, v.values, max(k.sinks, v.sinks), k.k_window, v.v_window, overrides=tuple(overrides), weights=k.weights
+    )
+
+
+def rotated(preset: Preset) -> Preset:
+    """The preset behind a Hadamard rotation of keys and values."""
+    if preset.budget is not None:
+        raise ValueError("`quant`: asymkv-auto is not measured with rotation; rotate a preset with given bits.")
+
+    def turn(codec: AbstractCodec | None) -> AbstractCodec | None:
+        return None if codec is None else RotatedCodec(codec)
+
+    return dataclasses.replace(
+        preset,
+        keys=RotatedCodec(preset.keys),
+        values=RotatedCodec(preset.values),
+        overrides=tuple(Override(o.layers, turn(o.keys), turn(o.values)) for o in preset.overrides),
+    )

@@ -122,8 +122,7 @@ def write(cache: KVCache, k: jax.Array, v: jax.Array, counts: jax.Array) -> KVCa
     seals = (cache.sealed(cache.length + fitting) > cache.sealed(cache.length)).any()
     segments = []
     for segment in cache.segments:
-        part = slice(segment.first_layer, segment.first_layer + segment.layers)
-        ks, vs = k[part], v[part]
+        ks, vs = (take_layers(x, segment.layer_ids) for x in (k, v))
 
         def with_seal(segment, ks=ks, vs=vs):
             def body(layer, segment):
@@ -136,6 +135,14 @@ def write(cache: KVCache, k: jax.Array, v: jax.Array, counts: jax.Array) -> KVCa
 
         segments.append(jax.lax.cond(seals, with_seal, without, segment))
     return advance_lengths(dataclasses.replace(cache, segments=tuple(segments)), counts)
+
+
+def take_layers(x: jax.Array, layer_ids: tuple[int, ...]) -> jax.Array:
+    """The rows of `x[L, ...]` that belong to a segment; a slice where they are consecutive."""
+    first, last = layer_ids[0], layer_ids[-1]
+    if last - first + 1 == len(layer_ids):
+        return x[first : last + 1]
+    return x[jnp.asarray(layer_ids)]
 
 
 def _that_fit(cache: KVCache, counts: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from kvjax import decode
 from kvjax.codecs import IdentityCodec, NUQChannelCodec, NUQTokenCodec
 from kvjax.model.rope import make_rope
 from kvjax.policy import Preset
+from kvjax.presets import kivi
 
 L, B, K, G, H, T = 2, 3, 2, 2, 16, 32
 CAPACITY = 160
@@ -21,17 +22,20 @@ KVQUANT = Preset(NUQChannelCodec(bits=3, outliers=0.01, pre_rope=True), NUQToken
 PRESETS = {
     "bf16": Preset(IdentityCodec(), IdentityCodec()),
     "kvquant": KVQUANT,
-    "windowed": dataclasses.replace(KVQUANT, sinks=3, window=20),
+    "windowed": dataclasses.replace(KVQUANT, sinks=3, k_window=20, v_window=20),
     # Keys with statistics over a block, as in KIVI: exact until their block is full.
     "grouped": Preset(
         NUQChannelCodec(bits=4, table="uniform", ranges="block", pre_rope=True),
         NUQTokenCodec(bits=4, table="uniform"),
         sinks=2,
-        window=T,
+        v_window=T,
     ),
 }
+# KIVI's two windows, shorter and longer than a block, in groups of 16 tokens.
+PRESETS["kivi"] = kivi(2, group=16, window=16)
+PRESETS["kivi-long"] = dataclasses.replace(kivi(4, group=16, window=2 * T), sinks=1)
 presets = pytest.mark.parametrize("name", list(PRESETS))
-PRESETS["grouped-no-window"] = dataclasses.replace(PRESETS["grouped"], sinks=0, window=0)
+PRESETS["grouped-no-window"] = dataclasses.replace(PRESETS["grouped"], sinks=0, v_window=0)
 
 
 def make(name, shape=SHAPE, capacity=CAPACITY):
@@ -130,7 +134,7 @@ def rotate64(x, positions):
 
 def oracle(preset, k, v, q, params, sliding_window=None):
     """float64 attention of one row and layer: which face of each token each query sees, straight from design.md."""
-    n, s, w = k.shape[0], preset.sinks, preset.window
+    n, s = k.shape[0], preset.sinks
     at = np.arange(n)
     stored_k, stored_v = k.astype(np.float64).copy(), v.astype(np.float64).copy()
     if not preset.keys.pre_rope:
@@ -143,12 +147,13 @@ def oracle(preset, k, v, q, params, sliding_window=None):
             blocks = blocks.reshape(-1, T, K, H).swapaxes(1, 2)
             out[s:] = np.asarray(codec.roundtrip(blocks, p)).swapaxes(1, 2).reshape(-1, K, H)[: n - s]
 
-    def sees_stored(codec):
+    def sees_stored(codec, w):
         query, token = at[:, None], at[None, :]
         if codec.token_local:
             mask = token <= query - w if w else np.ones((n, n), bool)
         else:
-            mask = ((token - s) // T + 1) * T + s <= query
+            run = w or T
+            mask = ((token - s) // run + 1) * run + s <= query
         return mask & (token >= s)
 
     faces = [k.astype(np.float64), stored_k]
@@ -161,10 +166,10 @@ def oracle(preset, k, v, q, params, sliding_window=None):
     out = np.zeros((n, K * G, H))
     for h in range(K * G):
         exact, coded = (queries[:, h] @ x[:, h // G].T for x in faces)
-        scores = np.where(visible, np.where(sees_stored(preset.keys), coded, exact), -np.inf)
+        scores = np.where(visible, np.where(sees_stored(preset.keys, preset.k_window), coded, exact), -np.inf)
         p = np.exp(scores - scores.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
-        mask = sees_stored(preset.values)
+        mask = sees_stored(preset.values, preset.v_window)
         out[:, h] = (p * mask) @ stored_v[:, h // G] + (p * ~mask) @ v[:, h // G].astype(np.float64)
     return out
 

@@ -1,6 +1,7 @@
 """Prefill, steps and generation of a model through the cache."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from kvjax.model.config import ModelConfig
 from kvjax.model.forward import forward
 from kvjax.model.rope import make_rope
 from kvjax.model.weights import init_random
-from kvjax.policy import Preset, SegmentPolicy, bind, preset
+from kvjax.policy import Override, Preset, SegmentPolicy, bind, preset
+from kvjax.presets import kivi
 
 B, T, K, H, L = 3, 32, 2, 16, 3
 CONFIG = ModelConfig(
@@ -28,7 +30,9 @@ PRESETS = {
     "f32": F32,
     "kvquant": KVQUANT,
     "grouped-windowed": Preset(
-        NUQChannelCodec(bits=4, table="uniform", ranges="block"), NUQTokenCodec(bits=4, table="uniform"), window=20
+        NUQChannelCodec(bits=4, table="uniform", ranges="block"),
+        NUQTokenCodec(bits=4, table="uniform"),
+        v_window=20,
     ),
 }
 
@@ -154,7 +158,7 @@ def test_layers_may_use_different_codecs(model, tokens):
     rest = jax.tree.map(lambda p: p[1:], (part.k_params, part.v_params))
     mixed = dataclasses.replace(
         policy_of("kvquant"),
-        segments=(SegmentPolicy(0, 1, F32.keys, F32.values), SegmentPolicy(1, 2, part.k_codec, part.v_codec, *rest)),
+        segments=(SegmentPolicy((0,), F32.keys, F32.values), SegmentPolicy((1, 2), part.k_codec, part.v_codec, *rest)),
     )
 
     def cache():
@@ -164,6 +168,33 @@ def test_layers_may_use_different_codecs(model, tokens):
     logits, _ = decode.score(model, cache(), tokens[:, :60])
     np.testing.assert_allclose(logits[:, -1], whole, atol=5e-2)
     assert decode.explain(cache()).count("reference") == 2
+
+
+@pytest.mark.parametrize("attention", ["exact", "cached"])
+def test_alternating_layers_in_one_scan_equal_segments_one_by_one(model, tokens, monkeypatch, attention):
+    """A mask by layer: as three segments of consecutive layers, or one for each codec pair that a scan switches to."""
+    mask = dataclasses.replace(kivi(2, 16, 32), overrides=(Override((1,), keys=kivi(4, 16).keys),))
+    in_order = bind("mask", mask, L)
+    monkeypatch.setattr(sys.modules["kvjax.policy"], "MAX_RUNS", 0)
+    by_pair = bind("mask", mask, L)
+    assert [s.layer_ids for s in in_order.segments] == [(0,), (1,), (2,)]
+    assert [s.layer_ids for s in by_pair.segments] == [(0, 2), (1,)]
+    lengths = np.array([100, 3, T])
+    results = []
+    for policy in (in_order, by_pair):
+        cache = decode.init_cache(model, policy, batch=B, capacity=140, block=T)
+        logits, cache = decode.prefill(model, cache, tokens[:, :100], lengths, attention)
+        for i in range(3):
+            more, cache = decode.step(model, cache, tokens[:, i])
+            logits = logits + more
+        results.append((logits, cache))
+    (a, in_order), (b, by_pair) = results
+    np.testing.assert_allclose(a, b, atol=1e-4)
+    for layer, (segment, at) in enumerate([(0, 0), (1, 0), (0, 1)]):
+        left, right = in_order.segments[layer], by_pair.segments[segment]
+        for x, y in zip(jax.tree.leaves((left.k, left.v)), jax.tree.leaves((right.k, right.v))):
+            np.testing.assert_array_equal(x[0], y[at])
+    assert "layers 0, 2:" in decode.explain(by_pair)
 
 
 def test_bad_prompts_and_full_caches_are_errors_that_lose_nothing(model, tokens):

@@ -79,7 +79,8 @@ class AffineCodec(AbstractCodec):
 
     Attributes:
       bits: 1, 2, 3, 4 or 8.
-      group: elements per group, dividing T or H; None: a token's whole kv width, one range for all heads.
+      group: elements per group, dividing T or H (a head smaller than the group is one group); None: a token's whole kv
+        width, one range for all heads.
       along: the axis groups run along: "tokens" is per channel (KIVI's keys), "channels" is per token (its values).
       levels: where the outermost levels lie.
       meta: the type of scale and zero; "int8" quantizes them once more.
@@ -101,6 +102,9 @@ class AffineCodec(AbstractCodec):
     @property
     def token_local(self) -> bool:
         return self.along == "channels"
+
+    def shared_tokens(self, block: int) -> int:
+        return 1 if self.token_local else int(self.group or block)
 
     def quantize(self, x: jax.Array, params: Params = None) -> AffineBlock:
         groups = self._grouped(x.astype(jnp.float32))
@@ -147,7 +151,9 @@ class AffineCodec(AbstractCodec):
         )
 
     def bits_per_element(self, tokens: int, kv_heads: int, head_dim: int) -> float:
-        group = kv_heads * head_dim if self.group is None else self.group
+        group = self.group or kv_heads * head_dim
+        if self.along == "channels" and self.group:
+            group = min(group, head_dim)
         if self.meta != "int8":
             return self.bits + 32.0 / group
         second = tokens * head_dim if self.along == "tokens" else kv_heads * head_dim
@@ -181,11 +187,12 @@ class AffineCodec(AbstractCodec):
             return x
         *lead, tokens, channels = x.shape
         name, size = ("T", tokens) if self.along == "tokens" else ("H", channels)
-        if size % self.group:
-            raise ValueError(f"`group={self.group}` must divide {name}={size}; use a divisor such as {_divisor(size)}.")
+        group = self.group if self.along == "tokens" else min(self.group, channels)
+        if size % group:
+            raise ValueError(f"`group={group}` must divide {name}={size}; use a divisor such as {_divisor(size)}.")
         if self.along == "tokens":
-            return x.reshape(*lead, tokens // self.group, self.group, channels)
-        return x.reshape(*lead, tokens, channels // self.group, self.group)
+            return x.reshape(*lead, tokens // group, group, channels)
+        return x.reshape(*lead, tokens, channels // group, group)
 
     def _spread(self, per_group: jax.Array) -> jax.Array:
         """A stored scale or zero, broadcastable against `_grouped`."""

@@ -39,6 +39,10 @@ class AbstractCodec(abc.ABC):
     def token_local(self) -> bool:
         """The code of a token does not depend on its neighbours."""
 
+    def shared_tokens(self, block: int) -> int:
+        """Tokens that share statistics, 1 if `token_local`: a token can be coded once so many are there."""
+        return 1 if self.token_local else block
+
     @property
     def needs_params(self) -> bool:
         """Has constants that `kvjax.calibrate` fits per layer (tables, ranges)."""

@@ -41,6 +41,9 @@ class RotatedCodec(AbstractCodec):
     def token_local(self) -> bool:
         return self.inner.token_local
 
+    def shared_tokens(self, block: int) -> int:
+        return self.inner.shared_tokens(block)
+
     def quantize(self, x: jax.Array, params: Params = None) -> Any:
         return self.inner.quantize(self._rotate(x), params)
 

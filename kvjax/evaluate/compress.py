@@ -55,8 +55,13 @@ def kv_map(policy: Policy, model: LoadedModel, block: int = 128) -> KVMap:
     Keys come back rotated: whether a codec stores them before or after RoPE may differ between layers.
     """
 
+    layers = sum(len(segment.layer_ids) for segment in policy.segments)
+    which, index = np.zeros((2, layers), np.int32)
+    for n, segment in enumerate(policy.segments):
+        which[list(segment.layer_ids)], index[list(segment.layer_ids)] = n, np.arange(len(segment.layer_ids))
+
     def one(segment: SegmentPolicy, layer: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        at = layer - segment.first_layer
+        at = jnp.asarray(index)[layer]
         k_params, v_params = (
             jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(jnp.asarray(p), at, keepdims=False), params)
             for params in (segment.k_params, segment.v_params)
@@ -71,14 +76,12 @@ def kv_map(policy: Policy, model: LoadedModel, block: int = 128) -> KVMap:
             k = store(segment.k_codec, k_params, rotate(k, cos, sin)).astype(jnp.float32)
         return k, store(segment.v_codec, v_params, v).astype(jnp.float32)
 
-    firsts = np.array([segment.first_layer for segment in policy.segments], np.int32)
     branches = [functools.partial(one, segment) for segment in policy.segments]
 
     def apply(layer: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, bool]:
         if len(branches) == 1:
             return *branches[0](layer, k, v), True
-        which = (layer >= firsts).sum() - 1
-        return *jax.lax.switch(which, branches, layer, k, v), True
+        return *jax.lax.switch(jnp.asarray(which)[layer], branches, layer, k, v), True
 
     return apply
 
@@ -97,11 +100,11 @@ def share_without_slot(model: LoadedModel, policy: Policy, tokens: np.ndarray) -
     cos, sin = cos_sin(model.rope, jnp.arange(length)[None, :, None], jnp.full((1, 1, 1), length))
     dropped = 0
     for segment in policy.segments:
-        for layer in range(segment.layers):
-            k, v = keys[segment.first_layer + layer], values[segment.first_layer + layer]
+        for at, layer in enumerate(segment.layer_ids):
+            k, v = keys[layer], values[layer]
             k = k if segment.k_codec.pre_rope else rotate(k, cos, sin)
             parts = ((segment.k_codec, segment.k_params, k), (segment.v_codec, segment.v_params, v))
             for codec, params, x in parts:
-                params = jax.tree.map(lambda p, layer=layer: jnp.asarray(p[layer]), params)
+                params = jax.tree.map(lambda p, at=at: jnp.asarray(p[at]), params)
                 dropped += int(codec.dropped(x[:, policy.sinks :].swapaxes(1, 2), params).sum())
     return dropped / (2 * keys.size)

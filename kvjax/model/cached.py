@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import attention, writing
-from kvjax.cache import KVCache
+from kvjax.cache import KVCache, Segment
 
 
 def forward_chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Array) -> tuple[jax.Array, KVCache]:
@@ -21,21 +21,47 @@ def forward_chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Arr
     once, so no loop carries the cache.
     """
     module = model.module()
-    x = module.embed(tokens)
-    new_k, new_v = [], []
-    for segment in cache.segments:
 
-        def body(x, layer, segment=segment):
-            absolute = segment.first_layer + layer
-            q, k, v = module.qkv(absolute, x)
-            qs, new = attention.layer_inputs(cache, segment, q, k, v, counts)
-            out = attention.attend_layer(cache, segment, layer, qs, new, "cached")
-            return module.finish(absolute, x, out.astype(x.dtype)), (new.k_stored, new.v)
+    def body(x, segment, layer, absolute):
+        q, k, v = module.qkv(absolute, x)
+        qs, new = attention.layer_inputs(cache, segment, q, k, v, counts)
+        out = attention.attend_layer(cache, segment, layer, qs, new, "cached")
+        return module.finish(absolute, x, out.astype(x.dtype)), (new.k_stored, new.v)
 
-        x, (k, v) = jax.lax.scan(body, x, jnp.arange(segment.layers, dtype=jnp.int32))
-        new_k.append(k)
-        new_v.append(v)
-    return x, writing.write(cache, jnp.concatenate(new_k), jnp.concatenate(new_v), counts)
+    x, (k, v) = _scan_layers(cache.segments, body, module.embed(tokens))
+    return x, writing.write(cache, k, v, counts)
+
+
+def _scan_layers(segments: tuple[Segment, ...], body: Any, x: Any) -> tuple[Any, Any]:
+    """`lax.scan` of `body(x, segment, index in it, layer) -> x, out` over all layers in order.
+
+    Segments of consecutive layers are scanned one after the other. Where layers alternate between codec pairs, one
+    scan picks the segment with `lax.switch`: compile time follows the number of pairs, not that of changes.
+    """
+    if _in_order(segments):
+        outs = []
+        for segment in segments:
+
+            def of_segment(x, layer, segment=segment):
+                return body(x, segment, layer, segment.layer_ids[0] + layer)
+
+            x, out = jax.lax.scan(of_segment, x, jnp.arange(segment.layers, dtype=jnp.int32))
+            outs.append(out)
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+    branches = [functools.partial(lambda segment, x, *at: body(x, segment, *at), segment) for segment in segments]
+    return jax.lax.scan(lambda x, at: jax.lax.switch(at[0], branches, x, *at[1:]), x, _table(segments))
+
+
+def _in_order(segments: tuple[Segment, ...]) -> bool:
+    ids = [i for segment in segments for i in segment.layer_ids]
+    return ids == list(range(len(ids)))
+
+
+def _table(segments: tuple[Segment, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each layer of the model: its segment, its index in it, and its own number; `[L]` int32 each."""
+    rows = sorted((i, n, at) for n, segment in enumerate(segments) for at, i in enumerate(segment.layer_ids))
+    layer, which, at = jnp.asarray(rows, jnp.int32).T
+    return which, at, layer
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -83,23 +109,52 @@ def prefill_exact(model, cache, tokens, counts):
     size = min(attention.QUERY_CHUNK, tokens.shape[1])
     chunks = (counts.max() + size - 1) // size
     x = module.embed(tokens)
-    segments = []
-    for segment in cache.segments:
 
-        def body(layer, carry):
-            x, segment = carry
-            x, new = _exact_layer(module, cache, segment, layer, x, counts, size, chunks)
-            return x, writing.write_layer(cache, segment, layer, new.k_stored, new.v, counts)
+    def attend(x, segment, layer, absolute):
+        return _exact_layer(module, cache, segment, layer, absolute, x, counts, size, chunks)
 
-        x, segment = jax.lax.fori_loop(0, segment.layers, body, (x, segment))
-        segments.append(segment)
+    def write(segment, layer, new):
+        return writing.write_layer(cache, segment, layer, new.k_stored, new.v, counts)
+
+    if _in_order(cache.segments):
+        segments = []
+        for segment in cache.segments:
+
+            def body(layer, carry, first=segment.layer_ids[0]):
+                x, segment = carry
+                x, new = attend(x, segment, layer, first + layer)
+                return x, write(segment, layer, new)
+
+            x, segment = jax.lax.fori_loop(0, segment.layers, body, (x, segment))
+            segments.append(segment)
+    else:
+        x, segments = _alternate(cache.segments, attend, write, x)
     cache = writing.advance_lengths(dataclasses.replace(cache, segments=tuple(segments)), counts)
     return module.logits(_rows(x, counts - 1)), cache
 
 
-def _exact_layer(module, cache, segment, layer, x, counts, size, chunks):
+def _alternate(segments: tuple[Segment, ...], attend: Any, write: Any, x: jax.Array) -> tuple[jax.Array, list[Segment]]:
+    """Layers in order where they alternate between segments: attention reads one of them, then that one is written."""
+    table = _table(segments)
+
+    def body(i, carry):
+        x, segments = carry
+        which, at, absolute = (column[i] for column in table)
+        branches = [
+            functools.partial(lambda n, x, segments, *at: attend(x, segments[n], *at), n) for n in range(len(segments))
+        ]
+        x, new = jax.lax.switch(which, branches, x, segments, at, absolute)
+        # A loop of one turn or none: unlike the branch of a conditional it updates the cache in place.
+        return x, [
+            jax.lax.fori_loop(0, (which == n).astype(jnp.int32), lambda _, s: write(s, at, new), segment)
+            for n, segment in enumerate(segments)
+        ]
+
+    return jax.lax.fori_loop(0, len(table[0]), body, (x, list(segments)))
+
+
+def _exact_layer(module, cache, segment, layer, absolute, x, counts, size, chunks):
     """One layer over `x[B, S, D]`: all keys and values first, then attention and MLP, `size` tokens at a time."""
-    absolute = segment.first_layer + layer
     total = cache.length + counts
     B, S, _ = x.shape
     empty = jnp.zeros((B, cache.shape.kv_heads, S, cache.shape.head_dim), cache.dtype)

@@ -39,7 +39,7 @@ def test_rotation_spreads_an_outlier_channel():
     x[..., 7] *= 20.0
     plain = AffineCodec(4, None)
     errors = [np.square(np.asarray(c.roundtrip(x)) - x).mean() for c in (plain, RotatedCodec(plain))]
-    assert errors[1] < errors[0] / 10
+    assert errors[1] < errors[0] / 5
 
 
 def test_rotation_takes_the_largest_power_of_two_that_divides():

@@ -62,13 +62,13 @@ def test_segments_and_keys_before_and_after_rope(model, windows):
 
     def part(layer: int) -> SegmentPolicy:
         k, v = ({n: p[layer : layer + 1] for n, p in ps.items()} for ps in (segment.k_params, segment.v_params))
-        return SegmentPolicy(layer, 1, segment.k_codec, segment.v_codec, k, v)
+        return SegmentPolicy((layer,), segment.k_codec, segment.v_codec, k, v)
 
     halves = Policy("halves", (part(0), part(1)), whole.sinks)
     expected = run(model, windows, whole)
     np.testing.assert_allclose(run(model, windows, halves), expected, atol=1e-5)
     exact = IdentityCodec("float32")
-    mixed = Policy("mixed", (part(0), SegmentPolicy(1, 1, exact, exact)), whole.sinks)
+    mixed = Policy("mixed", (part(0), SegmentPolicy((1,), exact, exact)), whole.sinks)
     assert np.abs(run(model, windows, mixed) - expected).max() > 1e-3
 
 
