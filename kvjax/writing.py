@@ -83,11 +83,14 @@ def write_layer(cache: KVCache, segment: Segment, layer: Any, k: jax.Array, v: j
 
         most = (recent.shape[2] + new_tokens) // cache.block  # static bound on the blocks that can fill
         group = min(most, _SEAL_GROUP)
-        groups = (newly.max() + group - 1) // group
         carry = (getattr(segment, name), dropped)
-        out[name], dropped = jax.lax.fori_loop(
-            0, groups, lambda i, c, seal=seal, group=group: seal(i * group, group, c), carry
-        )
+        if most <= 2:  # a decode step: all at once, without a loop to compile
+            out[name], dropped = seal(0, most, carry)
+        else:
+            groups = (newly.max() + group - 1) // group
+            out[name], dropped = jax.lax.fori_loop(
+                0, groups, lambda i, c, seal=seal, group=group: seal(i * group, group, c), carry
+            )
         rest = span(recent, x, recent_tokens, first_new, newly * cache.block, recent.shape[2])
         out[f"{name}_recent"] = getattr(segment, f"{name}_recent").at[layer].set(rest)
     return dataclasses.replace(segment, dropped=segment.dropped.at[layer].add(dropped), **out)

@@ -22,18 +22,20 @@ def forward_chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Arr
     """
     module = model.module()
 
-    def body(x, segment, layer, absolute):
-        q, k, v = module.qkv(absolute, x)
-        qs, new = attention.layer_inputs(cache, segment, q, k, v, counts)
-        out = attention.attend_layer(cache, segment, layer, qs, new, "cached")
-        return module.finish(absolute, x, out.astype(x.dtype)), (new.k_stored, new.v)
+    def body(x, absolute, pick):
+        def attend(segment, layer, q, k, v):
+            qs, new = attention.layer_inputs(cache, segment, q, k, v, counts)
+            return attention.attend_layer(cache, segment, layer, qs, new, "cached"), (new.k_stored, new.v)
+
+        out, new = pick(attend, *module.qkv(absolute, x))
+        return module.finish(absolute, x, out.astype(x.dtype)), new
 
     x, (k, v) = _scan_layers(cache.segments, body, module.embed(tokens))
     return x, writing.write(cache, k, v, counts)
 
 
 def _scan_layers(segments: tuple[Segment, ...], body: Any, x: Any) -> tuple[Any, Any]:
-    """`lax.scan` of `body(x, segment, index in it, layer) -> x, out` over all layers in order.
+    """`lax.scan` of `body(x, layer, pick) -> x, out` over all layers; `pick(f, ...)` is `f(segment, index in it, ...)`.
 
     Segments of consecutive layers are scanned one after the other. Where layers alternate between codec pairs, one
     scan picks the segment with `lax.switch`: compile time follows the number of pairs, not that of changes.
@@ -43,13 +45,21 @@ def _scan_layers(segments: tuple[Segment, ...], body: Any, x: Any) -> tuple[Any,
         for segment in segments:
 
             def of_segment(x, layer, segment=segment):
-                return body(x, segment, layer, segment.layer_ids[0] + layer)
+                return body(x, segment.layer_ids[0] + layer, lambda f, *args: f(segment, layer, *args))
 
             x, out = jax.lax.scan(of_segment, x, jnp.arange(segment.layers, dtype=jnp.int32))
             outs.append(out)
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
-    branches = [functools.partial(lambda segment, x, *at: body(x, segment, *at), segment) for segment in segments]
-    return jax.lax.scan(lambda x, at: jax.lax.switch(at[0], branches, x, *at[1:]), x, _table(segments))
+
+    def of_any(x, row):
+        which, at, layer = row
+
+        def pick(f, *args):
+            return jax.lax.switch(which, [functools.partial(f, segment) for segment in segments], at, *args)
+
+        return body(x, layer, pick)
+
+    return jax.lax.scan(of_any, x, _table(segments))
 
 
 def _in_order(segments: tuple[Segment, ...]) -> bool:
