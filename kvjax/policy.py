@@ -227,7 +227,8 @@ def _calibrated(name: str, chosen: Preset, model: Any, calibration: Any, text: A
     if text is not None:
         return calibrate.calibrate(model, name, chosen, text=text, progress=progress).params
     cached = cache_directory() / model.fingerprint[:16] / f"{name}.safetensors"
-    shipped = Path(model.path) / "calibration" / cached.name if model.path else cached
+    # What lies beside a model's files was fitted to the weights in them, not to others that were put in their place.
+    shipped = Path(model.path) / "calibration" / cached.name if model.path and model.file_fingerprint else cached
     path = calibration or next((p for p in (shipped, cached) if p.is_file()), None)
     if path is not None:
         return calibrate.load(path, model, name, chosen).params
