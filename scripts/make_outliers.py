@@ -5,10 +5,12 @@ python scripts/make_outliers.py --model tiny --out runs/tiny-outliers --text wik
 
 import argparse
 import dataclasses
+import functools
 import shutil
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from _cli import one_line_errors
 from rich.console import Console
@@ -16,7 +18,7 @@ from rich.table import Table
 
 from kvjax.evaluate.text import tokenize, windows
 from kvjax.model import weights
-from kvjax.model.config import read_config
+from kvjax.model.checkpoint import Checkpoint
 from kvjax.model.forward import forward
 from kvjax.model.llama import LoadedModel
 from kvjax.model.outliers import LLAMA2_7B, OUTLIER, Measured, OutlierProfile, profile_of, rewrite
@@ -90,8 +92,9 @@ def read_tokens(args: argparse.Namespace, model: LoadedModel) -> np.ndarray:
 def write(model: LoadedModel, rewritten: LoadedModel, out: Path) -> LoadedModel:
     """Saves in the dtype of the original's file, which powers of two do not round, and loads what was saved."""
     source = Path(str(model.path))
-    stored = read_config(source)
-    weights.save(rewritten, out, stored.get("dtype") or stored.get("torch_dtype") or model.dtype)
+    with Checkpoint(source) as checkpoint:
+        stored = functools.reduce(jnp.promote_types, set(checkpoint.dtypes.values()))
+    weights.save(rewritten, out, stored)
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
             shutil.copyfile(file, out / file.name)
