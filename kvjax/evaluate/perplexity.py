@@ -7,7 +7,7 @@ steps. Both go through the codecs' packed bits; the reference is a bfloat16 cach
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,10 +15,10 @@ import numpy as np
 
 from kvjax import decode
 from kvjax.attention import explain
-from kvjax.evaluate.compress import bits_of, kv_map, share_without_slot
+from kvjax.evaluate.compress import bits_of
 from kvjax.evaluate.progress import bar
+from kvjax.evaluate.runners import Candidate, Kept, PrefillAndSteps, WholeWindows
 from kvjax.evaluate.statistics import Totals, token_statistics
-from kvjax.model.forward import forward
 from kvjax.model.llama import LoadedModel
 from kvjax.policy import Policy, bind, preset
 
@@ -44,6 +44,7 @@ class Result:
       tokens: predictions counted.
       seconds: spent on this row, compilation included.
       without_slot: outliers that found no slot, as a share of all elements; they saturate.
+      bits_read: of a cache that need not read all it stores, bits per element that the decode steps read; else None.
     """
 
     quant: str
@@ -55,20 +56,13 @@ class Result:
     tokens: int
     seconds: float
     without_slot: float = 0.0
+    bits_read: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The row with the keys of the command line's JSON."""
         row = dataclasses.asdict(self)
-        del row["without_slot"]
+        del row["without_slot"], row["bits_read"]
         return row
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A policy and the block it is cut into (tokens; only codecs with statistics over a block depend on it)."""
-
-    policy: Policy
-    block: int = 128
 
 
 def perplexity(
@@ -98,52 +92,98 @@ def perplexity(
     Raises:
       ValueError: for arguments that make no evaluation, and policies made for another model.
     """
-    windows = np.asarray(windows)
-    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
-        raise ValueError(f"`windows` of shape {windows.shape} must be [n, L] with L at least 2.")
-    n, length = windows.shape
-    first = first_target(protocol, length, prefill)
-    if batch is None:
-        batch = max(1, min(_MOST_ROWS[protocol], _LOGITS_AT_ONCE // ((length - first) * model.config.vocab)))
-    if batch < 1:
-        raise ValueError(f"`batch={batch}` must be at least 1.")
-    batch = min(batch, n)
-    candidates = _with_reference(model, policies)
-    # First, because it also checks each policy against the model.
-    bits = [bits_of(model, c.policy, capacity=length, block=c.block) for c in candidates]
-    runners = [_All(model, c) if protocol == "all" else _Decode(model, c, first - 1) for c in candidates]
-    totals = [Totals() for _ in candidates]
-    seconds = [0.0 for _ in candidates]
-    with bar(progress, "windows") as shown:
-        task = shown.add_task("", total=n * len(candidates))
-        for start in range(0, n, batch):
-            rows = min(batch, n - start)
-            # A short last batch is filled up, so that nothing is compiled twice; the filling is not counted.
-            tokens = np.resize(windows[start : start + rows], (batch, length))
-            reference = None
-            for i, (candidate, runner) in enumerate(zip(candidates, runners)):
-                shown.update(task, description=candidate.policy.name)
-                began = time.perf_counter()
-                logits = runner.logits(tokens, rows)
-                reference = logits if reference is None else reference
-                totals[i].add(np.asarray(token_statistics(reference, logits, tokens[:, first:]))[:, :rows])
-                del logits  # before the next ones are made
-                seconds[i] += time.perf_counter() - began
-                shown.advance(task, rows)
-    return [
-        Result(
-            quant=c.policy.name,
-            bits_per_element=bits_per_element,
-            nll=t.nll,
-            perplexity=t.perplexity,
-            kl=t.kl,
-            top1_agreement=t.top1_agreement,
-            tokens=t.tokens,
-            seconds=round(s, 3),
-            without_slot=runner.without_slot,
-        )
-        for c, bits_per_element, runner, t, s in zip(candidates, bits, runners, totals, seconds)
-    ]
+    return Evaluation(model, windows, protocol=protocol, prefill=prefill, batch=batch).run(policies, progress=progress)
+
+
+class Evaluation:
+    """Windows, protocol and reference of `perplexity`, for policies that come one after the other.
+
+    The reference is compiled once. Its logits are kept on the host, batch by batch, while they fit in `keep_bytes`;
+    what does not fit is computed again in every run.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        windows: np.ndarray,
+        *,
+        protocol: Protocol = "all",
+        prefill: int | None = None,
+        batch: int | None = None,
+        keep_bytes: int = 0,
+    ):
+        self.windows = np.asarray(windows)
+        if self.windows.ndim != 2 or not len(self.windows) or self.windows.shape[1] < 2:
+            raise ValueError(f"`windows` of shape {self.windows.shape} must be [n, L] with L at least 2.")
+        n, length = self.windows.shape
+        self.model, self.protocol, self.first = model, protocol, first_target(protocol, length, prefill)
+        if batch is None:
+            batch = max(1, min(_MOST_ROWS[protocol], _LOGITS_AT_ONCE // ((length - self.first) * model.config.vocab)))
+        if batch < 1:
+            raise ValueError(f"`batch={batch}` must be at least 1.")
+        self.batch = min(batch, n)
+        self._reference = Kept(self._runner(Candidate(reference_policy(model))), keep_bytes)
+
+    def run(
+        self,
+        policies: Sequence[Policy | Candidate],
+        progress: bool = True,
+        on_windows: Callable[[int, int], Any] | None = None,
+    ) -> list[Result]:
+        """The rows of `policies`, the reference's first.
+
+        Args:
+          policies: as for `perplexity`.
+          progress: show a bar on stderr.
+          on_windows: called with windows done, of all policies together, and their total.
+        """
+        n, length = self.windows.shape
+        candidates = _with_reference(self.model, policies)
+        # First, because it also checks each policy against the model.
+        bits = [bits_of(self.model, c.policy, capacity=length, block=c.block) for c in candidates]
+        runners = [self._reference, *(self._runner(c) for c in candidates[1:])]
+        totals = [Totals() for _ in candidates]
+        seconds = [0.0 for _ in candidates]
+        done, total = 0, n * len(candidates)
+        with bar(progress, "windows") as shown:
+            task = shown.add_task("", total=total)
+            for start in range(0, n, self.batch):
+                rows = min(self.batch, n - start)
+                # A short last batch is filled up, so that nothing is compiled twice; the filling is not counted.
+                tokens = np.resize(self.windows[start : start + rows], (self.batch, length))
+                reference = None
+                for i, (candidate, runner) in enumerate(zip(candidates, runners)):
+                    shown.update(task, description=candidate.policy.name)
+                    began = time.perf_counter()
+                    logits = runner.logits(tokens, rows)
+                    reference = logits if reference is None else reference
+                    totals[i].add(np.asarray(token_statistics(reference, logits, tokens[:, self.first :]))[:, :rows])
+                    del logits  # before the next ones are made
+                    seconds[i] += time.perf_counter() - began
+                    shown.advance(task, rows)
+                    done += rows
+                    if on_windows:
+                        on_windows(done, total)
+        return [
+            Result(
+                quant=c.policy.name,
+                bits_per_element=bits_per_element,
+                nll=t.nll,
+                perplexity=t.perplexity,
+                kl=t.kl,
+                top1_agreement=t.top1_agreement,
+                tokens=t.tokens,
+                seconds=round(s, 3),
+                without_slot=runner.without_slot,
+                bits_read=runner.bits_read,
+            )
+            for c, bits_per_element, runner, t, s in zip(candidates, bits, runners, totals, seconds)
+        ]
+
+    def _runner(self, candidate: Candidate) -> WholeWindows | PrefillAndSteps:
+        if self.protocol == "all":
+            return WholeWindows(self.model, candidate)
+        return PrefillAndSteps(self.model, candidate, self.first - 1)
 
 
 def path_of(model: LoadedModel, policy: Policy, protocol: Protocol) -> str:
@@ -177,45 +217,3 @@ def first_target(protocol: Protocol, length: int, prefill: int | None) -> int:
             "decode step and one predicted by it."
         )
     return prefill + 1
-
-
-class _All:
-    """Windows read at once, with every K and V stored and read back."""
-
-    def __init__(self, model: LoadedModel, candidate: Candidate):
-        through = kv_map(candidate.policy, model, candidate.block)
-        self._model, self._policy = model, candidate.policy
-        self._forward = jax.jit(lambda model, tokens: forward(model, tokens, kv_map=through)[:, :-1])
-        self._share: float | None = None
-
-    def logits(self, tokens: np.ndarray, rows: int) -> jax.Array:
-        if self._share is None:  # of the first window only: it costs a forward pass of its own
-            self._share = share_without_slot(self._model, self._policy, tokens[:1])
-        return self._forward(self._model, tokens)
-
-    @property
-    def without_slot(self) -> float:
-        return self._share or 0.0
-
-
-class _Decode:
-    """Windows prefilled up to `prefill` tokens, the rest fed to decode steps one by one."""
-
-    def __init__(self, model: LoadedModel, candidate: Candidate, prefill: int):
-        self._model, self._candidate, self._prefill = model, candidate, prefill
-        self._dropped = self._elements = 0
-
-    def logits(self, tokens: np.ndarray, rows: int) -> jax.Array:
-        candidate, config = self._candidate, self._model.config
-        batch, length = tokens.shape
-        cache = decode.init_cache(self._model, candidate.policy, batch=batch, capacity=length, block=candidate.block)
-        _, cache = decode.prefill(self._model, cache, tokens[:, : self._prefill])
-        logits, cache = decode.score(self._model, cache, tokens[:, self._prefill : -1])
-        self._dropped += sum(int(np.asarray(segment.dropped)[:, :rows].sum()) for segment in cache.segments)
-        sealed = int(np.asarray(cache.sealed(cache.length))[:rows].sum()) * cache.block
-        self._elements += 2 * sealed * config.layers * config.kv_heads * config.head_dim
-        return logits
-
-    @property
-    def without_slot(self) -> float:
-        return self._dropped / self._elements if self._elements else 0.0
