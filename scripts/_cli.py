@@ -1,11 +1,26 @@
 """What the scripts share."""
 
+import argparse
 import contextlib
+import datetime
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
 
 import kvjax
+from kvjax.policy import preset
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 @contextlib.contextmanager
@@ -22,3 +37,36 @@ def versions() -> dict[str, str]:
     """What a report must name to be repeated."""
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     return {"kvjax": kvjax.__version__, "python": platform.python_version()} | packages
+
+
+def environment() -> str:
+    """Date, machine and versions, in one line."""
+    from kvjax.evaluate import report  # not every script evaluates
+
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{datetime.date.today()}, {report.machine()}; {packages}"
+
+
+def show(parts: Sequence[Table | str]) -> None:
+    """Tables and notes on stdout. Numbers are never cut: a table wider than the terminal wraps there."""
+    for part in parts:
+        if isinstance(part, str):
+            Console(highlight=False).print(part, style="dim", soft_wrap=True, markup=False)
+        else:
+            widest = Console(width=1000).measure(part).maximum
+            Console(highlight=False, width=max(Console().width, widest)).print(part)
+
+
+def integers(value: str) -> list[int]:
+    """The type of an option that takes numbers with commas between."""
+    return [int(part) for part in value.split(",") if part]
+
+
+def presets(value: str) -> list[str]:
+    """The names in a comma-separated list, each once; an unknown one is told before the model is loaded."""
+    names = list(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+    if not names:
+        raise ValueError(f"`quant={value!r}` names no preset; pass e.g. --quant kvquant4,kvquant3.")
+    for name in names:
+        preset(name)
+    return names

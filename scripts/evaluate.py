@@ -1,66 +1,58 @@
-"""Measures compressed K/V caches: perplexity and divergence, passkey recall, KVQuant's ablation.
+"""Measures compressed K/V caches: perplexity and divergence, passkey recall, all at once, KVQuant's ablation.
 
+python scripts/evaluate.py compare --model tiny --text wikitext2-test.raw.txt --haystack moby-dick.txt --out compare
 python scripts/evaluate.py perplexity --model tiny --quant kvquant4,kvquant3,kvquant2 --text wikitext2-test.raw.txt
 python scripts/evaluate.py passkey --model tiny --quant bf16,kvquant3,kvquant2 --text moby-dick.txt
 python scripts/evaluate.py ladder --model tiny --text wikitext2-test.raw.txt --calibration-text wikitext2-valid.txt
 """
 
 import argparse
-import datetime
 import json
+import shlex
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from _cli import one_line_errors, versions
-from rich.console import Console
+import _compare
+from _cli import Parser, environment, integers, one_line_errors, presets, show
 from rich.table import Table
 
 import kvjax
 from kvjax.calibrate.text import self_sampled_tokens, tokens_from_file
 from kvjax.evaluate import ladder, passkey, perplexity, report
 from kvjax.evaluate.text import tokenize, windows
-from kvjax.policy import preset
 
-DEFAULT_CONTEXT = 1024
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+DEFAULT_CONTEXT = _compare.DEFAULT_CONTEXT
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     with one_line_errors():
+        if args.run is _compare.run:
+            return _compare.run(args, shlex.join(["python", "scripts/evaluate.py", *(argv or sys.argv[1:])]))
         for path in (args.json, getattr(args, "plot", None)):
             check_target(path)
         results, table, notes = args.run(args)
         if args.json:
             Path(args.json).write_text(json.dumps([r.to_json() for r in results], indent=2) + "\n", encoding="utf-8")
-    # Numbers are never cut: a table wider than the terminal (80 columns for a pipe) wraps there.
-    console = Console(highlight=False, width=max(Console().width, Console(width=1000).measure(table).maximum))
-    console.print(table)
-    for note in (*notes, environment()):
-        console.print(note, style="dim", soft_wrap=True, markup=False)
+    show([table, *notes, environment()])
     return 0
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="perplexity | passkey | ladder")
+    commands = parser.add_subparsers(required=True, metavar="compare | perplexity | passkey | ladder")
 
     def command(name: str, run: Any, about: str) -> Parser:
         sub = commands.add_parser(name, help=about, description=about)
         sub.set_defaults(run=run)
         sub.add_argument("--model", required=True, help='"tiny", a directory in Hugging Face layout, or a hub id')
         sub.add_argument("--dtype", help="of weights and activations (float32 on CPU, else the checkpoint's)")
-        sub.add_argument("--json", metavar="FILE", help="write the rows there")
+        if run is not _compare.run:
+            sub.add_argument("--json", metavar="FILE", help="write the rows there")
         return sub
 
-    def text(sub: Parser) -> None:
+    def text(sub: Parser, count: str = "all") -> None:
         sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to predict")
         sub.add_argument(
             "--join", default="auto", choices=("auto", "newline", "blank-line"),
@@ -69,12 +61,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         )  # fmt: skip
         sub.add_argument("--context", type=int, metavar="N",
                          help=f"tokens per window (at most {DEFAULT_CONTEXT} of the model's context)")  # fmt: skip
-        sub.add_argument("--windows", type=int, metavar="N", help="only the first N windows (all)")
+        sub.add_argument("--windows", type=int, metavar="N", help=f"only the first N windows ({count})")
         sub.add_argument("--batch", type=int, metavar="N", help="windows at a time; no result depends on it")
 
     def quant(sub: Parser) -> None:
         sub.add_argument("--quant", required=True, metavar="A,B,C", help="presets, commas between")
         sub.add_argument("--calibration-text", metavar="FILE", help="fit presets on this now (their calibration files)")
+
+    sub = command("compare", _compare.run, "all presets by all measures: rows, tables and plots; resumable")
+    text(sub, str(_compare.WINDOWS))
+    _compare.add_arguments(sub)
 
     sub = command("perplexity", run_perplexity, "perplexity, KL and top-1 agreement against a bf16 cache")
     quant(sub)
@@ -102,10 +98,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--calibration-text", metavar="FILE", help="to fit on; without it the model writes its own")
     sub.add_argument("--samples", type=int, default=16, metavar="N", help="calibration windows (%(default)s)")
     return parser.parse_args(argv)
-
-
-def integers(value: str) -> list[int]:
-    return [int(part) for part in value.split(",") if part]
 
 
 def run_perplexity(args: argparse.Namespace) -> tuple[list, Table, list[str]]:
@@ -172,35 +164,14 @@ def run_ladder(args: argparse.Namespace) -> tuple[list, Table, list[str]]:
     return rows, report.ladder_table(rows, text), notes
 
 
-def presets(value: str) -> list[str]:
-    """The names in a comma-separated list, each once; an unknown one is told before the model is loaded."""
-    names = list(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
-    if not names:
-        raise ValueError(f"`quant={value!r}` names no preset; pass e.g. --quant kvquant4,kvquant3.")
-    for name in names:
-        preset(name)
-    return names
-
-
 def read_windows(args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
-    context = min(DEFAULT_CONTEXT, model.config.max_positions) if args.context is None else args.context
-    if context > model.config.max_positions:
-        raise ValueError(
-            f"`context={context}` is beyond the model's {model.config.max_positions} positions; use at most those."
-        )
-    if args.batch is not None and args.batch < 1:
-        raise ValueError(f"`batch={args.batch}` must be at least 1.")
+    context = _compare.context_of(args, model)
     text = tokenize(model, args.text, args.join)
     return text, windows(text, context, args.windows)
 
 
 def describe_windows(text: Any, tokens: Any) -> str:
     return f"{text.name} (lines joined by {text.join}): {tokens.shape[0]} windows of {tokens.shape[1]} tokens"
-
-
-def environment() -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return f"{datetime.date.today()}, {report.machine()}; {packages}"
 
 
 def check_target(path: str | None) -> None:

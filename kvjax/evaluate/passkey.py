@@ -6,7 +6,7 @@ cache that has lost a token, this does not.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,7 @@ def passkey(
     trials: int = 5,
     seed: int = 0,
     progress: bool = True,
+    on_prompts: Callable[[int, int], Any] | None = None,
 ) -> list[Result]:
     """Recall of each policy at each length and depth: exact prefill, then greedy decode steps.
 
@@ -151,14 +152,16 @@ def passkey(
       depths: how many, evenly spread.
       trials: prompts for each length and depth.
       progress: show a bar on stderr.
+      on_prompts: called with prompts answered and their total.
 
     Raises:
       ValueError: for lengths that hold no prompt or exceed the haystack.
     """
     tasks, at = tasks_of(model, haystack, lengths, depths, trials, seed), depths_of(depths)
     results = []
+    done, total = 0, len(policies) * sum(len(task) for task in tasks.values())
     with bar(progress, "prompts") as shown:
-        row = shown.add_task("", total=len(policies) * sum(len(task) for task in tasks.values()))
+        row = shown.add_task("", total=total)
         for policy in policies:
             for length, task in tasks.items():
                 shown.update(row, description=f"{policy.name} {length}")
@@ -170,6 +173,9 @@ def passkey(
                     bits, answers = _answers(model, policy, part, batch)
                     recalled += [answer == prompt.key for answer, prompt in zip(answers, part)]
                     shown.advance(row, len(part))
+                    done += len(part)
+                    if on_prompts:
+                        on_prompts(done, total)
                 seconds = time.perf_counter() - began
                 hits = np.array(recalled).reshape(len(at), trials).sum(1)
                 results += [

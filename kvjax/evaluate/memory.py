@@ -1,0 +1,79 @@
+"""What a preset's cache would cost at the shape of some model, counted on abstract arrays: nothing is allocated."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax import decode
+from kvjax.cache import CacheShape
+from kvjax.codecs.base import AbstractCodec
+from kvjax.model.rope import make_rope
+from kvjax.policy import Preset, bind
+
+# Layers, kv heads, head size: all that a cache's bytes depend on.
+SHAPES = {"llama-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "llama-3-70b": (80, 8, 128)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Cost of one row's cache.
+
+    Attributes:
+      bits_per_element: of sealed storage: codes, metadata and outlier slots as allocated.
+      nbytes: everything: ring, sinks, tables and counters too.
+    """
+
+    bits_per_element: float
+    nbytes: int
+
+
+def cache_shape(name: str) -> CacheShape:
+    """A shape of `SHAPES`, or one written as layers x kv heads x head size ("32x8x128").
+
+    Raises:
+      ValueError: for anything else.
+    """
+    sizes: tuple[int, ...] = SHAPES.get(name) or tuple(int(n) for n in name.split("x") if n.isascii() and n.isdigit())
+    if len(sizes) != 3 or (name not in SHAPES and name.count("x") != 2) or min(sizes) < 1:
+        raise ValueError(
+            f"`shape={name}` must be {', '.join(SHAPES)}, or layers x kv heads x head size, as in 32x8x128."
+        )
+    layers, heads, channels = sizes
+    if channels % 2:
+        raise ValueError(f"`shape={name}`: the head size {channels} must be even, for the rotary embedding.")
+    return CacheShape(layers, heads, heads, channels, make_rope(channels, 4096))
+
+
+def footprint(name: str, preset: Preset, shape: CacheShape, tokens: int, dtype: Any = jnp.bfloat16) -> Footprint:
+    """The cache of one row of `tokens` tokens.
+
+    Args:
+      dtype: of recent tokens and sinks.
+
+    Raises:
+      ValueError: where the preset does not fit the shape: layers it names, groups that do not divide the head size.
+    """
+    params = (abstract_params(preset.keys, shape), abstract_params(preset.values, shape))
+
+    def make(params: Any) -> decode.KVCache:
+        policy = bind(name, preset, shape.layers, *params)
+        return decode.init_cache(shape, policy, batch=1, capacity=tokens, dtype=dtype)
+
+    cache = jax.eval_shape(make, params)
+    return Footprint(decode.bits_per_element(cache), decode.nbytes(cache))
+
+
+def abstract_params(codec: AbstractCodec, shape: CacheShape) -> dict[str, jax.ShapeDtypeStruct] | None:
+    """The fitted constants of a codec as calibration would make them (`kvjax.calibrate.artefact`), without values."""
+    if not codec.needs_params:
+        return None
+    sizes: dict[str, tuple[int, ...]] = {}
+    if getattr(codec, "table", None) == "fitted":
+        sizes |= dict.fromkeys(("levels", "decode_levels"), (2**codec.bits,))  # type: ignore[attr-defined]
+    if getattr(codec, "ranges", None) == "offline":
+        sizes |= dict.fromkeys(("scale", "zero"), (shape.kv_heads, 1, shape.head_dim))
+    if not sizes:
+        raise ValueError(f"the sizes of the fitted constants of {codec.describe()} are not known for another shape")
+    return {name: jax.ShapeDtypeStruct((shape.layers, *size), jnp.float32) for name, size in sizes.items()}
