@@ -57,6 +57,10 @@ def show(parts: Sequence[Table | str]) -> None:
             Console(highlight=False, width=max(Console().width, widest)).print(part)
 
 
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def integers(value: str) -> list[int]:
     """The type of an option that takes numbers with commas between."""
     return [int(part) for part in value.split(",") if part]

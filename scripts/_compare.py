@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _cli import environment, integers, presets, show
+from _cli import count, environment, integers, presets, show
 from rich.console import Console
 
 import kvjax
@@ -116,23 +116,27 @@ def make_task(args: argparse.Namespace, model: Any) -> tuple[Task, list[str]]:
         trials=args.trials,
         seed=args.seed,
     )
-    source = f"windows of {context} tokens of {text.name} (lines joined by {text.join})"
+    parts = task.parts  # refuses settings that make no evaluation
+    source = f"of {context} tokens of {text.name} (lines joined by {text.join})"
     caption = []
-    for part, settings in task.parts.items():  # refuses settings that make no evaluation
-        if part == "all":
-            caption.append(
-                f"protocol all: {counts[part]} {source}; every K and V compressed, the whole window predicted"
-            )
-        elif part == "decode":
-            caption.append(f"protocol decode: {counts[part]} {source}; {settings['prefill']} tokens prefilled exactly, "
-                           "predictions of the decode steps that follow")  # fmt: skip
+    if "all" in parts:
+        read = f"protocol all: {count(counts['all'], 'window')} {source}"
+        caption.append(f"{read}; every K and V compressed, the whole window predicted")
+    if "decode" in parts:
+        read = f"protocol decode: {count(counts['decode'], 'window')} {source}"
+        ahead = f"{parts['decode']['prefill']} tokens prefilled exactly"
+        caption.append(f"{read}; {ahead}, predictions of the decode steps that follow")
     if task.lengths:
-        caption.append(f"passkey: in {haystack.name if haystack else 'filler'}, {args.depths} depths, {args.trials} "
-                       f"prompts each, seed {args.seed}; greedy, through prefill and decode steps")  # fmt: skip
-    caption.append("bits/element: of sealed blocks as allocated for this model; vs bf16: perplexity; KL: nats per "
-                   f"token; GiB: whole cache of one row of {args.tokens:,} tokens at {args.shape}")  # fmt: skip
+        prompts = f"{count(args.depths, 'depth')}, {count(args.trials, 'prompt')} each, seed {args.seed}"
+        hay = haystack.name if haystack else "filler"
+        caption.append(f"passkey: in {hay}, {prompts}; greedy, through prefill and decode steps")
     fitted = f"on {Path(args.calibration_text).name}" if args.calibration_text else "in their calibration files"
-    return task, [*caption, f"model {args.model} ({model.dtype}); presets with constants fitted {fitted}"]
+    return task, [
+        *caption,
+        "bits/element: of sealed blocks as allocated for this model; vs bf16: perplexity; KL: nats per token; "
+        f"GiB: whole cache of one row of {args.tokens:,} tokens at {args.shape}; seconds: compilation included",
+        f"model {args.model} ({model.dtype}); presets with constants fitted {fitted}",
+    ]
 
 
 def context_of(args: argparse.Namespace, model: Any) -> int:
@@ -187,10 +191,12 @@ def write(out: Path, rows: list[dict[str, Any]], notes: list[str], command: str)
 def summary(outcome: Outcome, journal: Journal, plots: list[Path]) -> list[str]:
     """How the run went."""
     files = ["results.jsonl", "compare.json", "compare.csv", "compare.md", *(plot.name for plot in plots)]
-    lines = [f"{len(outcome.records)} results, {outcome.skipped} of them from an earlier run"]
+    lines = [f"{count(len(outcome.records), 'result')}, {outcome.skipped} of them from an earlier run"]
     lines.append(f"in {journal.path.parent}: {', '.join(files)}")
     if outcome.others:
-        lines.append(f"{outcome.others} results of other settings or presets in {journal.path.name} are left out")
+        lines.append(f"{count(outcome.others, 'result')} of other settings or presets in {journal.path.name} left out")
     if outcome.errors:
-        lines.append(f"{len(outcome.errors)} presets failed: {', '.join(outcome.errors)}; the same command tries again")
+        lines.append(
+            f"{count(len(outcome.errors), 'preset')} failed: {', '.join(outcome.errors)}; the same command tries again"
+        )
     return lines

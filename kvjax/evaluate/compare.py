@@ -149,7 +149,7 @@ def compare(
       progress: show a bar on stderr.
       on_start: called with a line that says how much there is to do.
     """
-    names = list(dict.fromkeys([REFERENCE, *names]))
+    names, parts = list(dict.fromkeys([REFERENCE, *names])), task.parts
     policies: dict[str, Policy] = {}
     errors: dict[str, str] = {}
     keys: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
@@ -161,7 +161,7 @@ def compare(
             else:
                 policies[name] = policy_of(name)
                 method = _method(policies[name])
-            for part, settings in task.parts.items():
+            for part, settings in parts.items():
                 keys[name, part] = _key(task.model, method, part, settings)
     records = {unit: journal.records[key] for unit, (key, _) in keys.items() if key in journal.records}
     skipped, others = len(records), len(journal.records.keys() - {key for key, _ in keys.values()})

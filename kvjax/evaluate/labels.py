@@ -51,7 +51,7 @@ def place(axis: Any, points: Sequence[tuple[float, float]], names: Sequence[str]
 def spread(wanted: Sequence[float], gap: float) -> np.ndarray:
     """The positions nearest to `wanted` (least squares) that keep its order and lie at least `gap` apart.
 
-    Less `gap` for each place in the order, the positions must only not fall: isotonic regression, by pooling neighbours.
+    Less `gap` for each place in the order, positions must only not fall: isotonic regression, by pooling neighbours.
     """
     order = np.argsort(wanted, kind="stable")
     pools: list[tuple[float, int]] = []  # mean, members
