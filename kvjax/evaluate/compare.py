@@ -144,8 +144,8 @@ def compare(
       policy_of: fits a preset to the task's model. It is called for presets with work left, and where its result must
         be known to tell whether there is any; a ValueError, NotImplementedError or OSError of it or of a measurement
         is that preset's error, and the run goes on.
-      calibration: names the text that `policy_of` fits on, where it does; then a preset with fitted constants is
-        known by it, and not fitted only to find that nothing is left to do.
+      calibration: names the text that `policy_of` fits on, where it does; then a preset with something to be fitted
+        is known by it, and not fitted only to find that nothing is left to do.
       progress: show a bar on stderr.
       on_start: called with a line that says how much there is to do.
     """
@@ -156,7 +156,7 @@ def compare(
     for name in names:
         with _error_of(name, errors):
             chosen = preset(name)
-            if calibration is not None and chosen.needs_params:
+            if calibration is not None and (chosen.needs_params or chosen.budget is not None):
                 method = {"preset": repr(chosen), "calibration": calibration}
             else:
                 policies[name] = policy_of(name)

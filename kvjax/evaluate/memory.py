@@ -55,12 +55,16 @@ def footprint(name: str, preset: Preset, shape: CacheShape, tokens: int, dtype: 
     Raises:
       ValueError: where the preset does not fit the shape: layers it names, groups that do not divide the head size.
     """
-    params = (abstract_params(preset.keys, shape), abstract_params(preset.values, shape))
+    if preset.budget is not None:
+        raise ValueError("its bits per layer come from measurements on a model, and there is none of this shape")
+    # Lists, for a pytree's dict must have keys that can be sorted, and codecs cannot.
+    sides = [list(dict.fromkeys(c for c in codecs if c.needs_params)) for codecs in zip(*preset.codecs(shape.layers))]
 
-    def make(params: Any) -> decode.KVCache:
-        policy = bind(name, preset, shape.layers, *params)
+    def make(params: list[list[Any]]) -> decode.KVCache:
+        policy = bind(name, preset, shape.layers, *(dict(zip(*side)) for side in zip(sides, params)))
         return decode.init_cache(shape, policy, batch=1, capacity=tokens, dtype=dtype)
 
+    params = [[abstract_params(codec, shape) for codec in side] for side in sides]
     cache = jax.eval_shape(make, params)
     return Footprint(decode.bits_per_element(cache), decode.nbytes(cache))
 

@@ -177,10 +177,10 @@ def test_methods_are_known_by_what_they_do(task, tmp_path, monkeypatch):
         compare(only, ["kvquant3"], policy_of, journal, progress=False, **settings)
         return [name for name, _ in calls]
 
-    constants = {"levels": 1.0}
+    constants = {"levels": np.ones((2, 8), np.float32)}
     assert run(lambda name: bind(name, preset(name), 2, constants)) == ["bf16", "kvquant3"]
     assert run(lambda name: bind(name, preset(name), 2, constants)) == []
-    assert run(lambda name: bind(name, preset(name), 2, {"levels": 2.0})) == ["bf16", "kvquant3"]
+    assert run(lambda name: bind(name, preset(name), 2, {"levels": 2 * constants["levels"]})) == ["kvquant3"]
     assert run(lambda name: bind(name, preset("int4"), 2)) == ["bf16", "kvquant3"]
     fitted = []
     fit = lambda name: fitted.append(name) or bind(name, preset(name), 2)  # noqa: E731

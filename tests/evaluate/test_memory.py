@@ -1,5 +1,7 @@
 """Bytes at a chosen shape are those that a cache of that shape allocates."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,10 +12,10 @@ from kvjax.cache import CacheShape
 from kvjax.codecs import NUQTokenCodec
 from kvjax.evaluate.memory import SHAPES, abstract_params, cache_shape, footprint
 from kvjax.model.rope import make_rope
-from kvjax.policy import preset
+from kvjax.policy import Override, preset
 
 
-@pytest.mark.parametrize("name", ["bf16", "kvquant3", "int4"])
+@pytest.mark.parametrize("name", ["bf16", "kvquant3", "int4", "kivi2", "asymkv-2-1"])
 def test_footprint_is_what_is_allocated(name):
     shape = CacheShape(3, 2, 2, 32, make_rope(32, 4096))
     policy = make_policy(preset(name), 3, 2, 32)
@@ -21,6 +23,25 @@ def test_footprint_is_what_is_allocated(name):
     cost = footprint(name, preset(name), shape, 300)
     assert cost.nbytes == decode.nbytes(cache)
     assert cost.bits_per_element == decode.bits_per_element(cache)
+
+
+def test_fitted_constants_of_several_codecs():
+    shape = CacheShape(3, 2, 2, 32, make_rope(32, 4096))
+    mixed = dataclasses.replace(
+        preset("kvquant3"), overrides=(Override((0, -1), preset("kvquant4").keys, preset("kvquant2").values),)
+    )
+    costs = [footprint("mixed", mixed, shape, 300)] + [
+        footprint(n, preset(n), shape, 300) for n in ("kvquant3", "bf16")
+    ]
+    widths = [cost.bits_per_element for cost in costs]
+    assert widths[0] == pytest.approx(widths[1]) and costs[0].nbytes < costs[2].nbytes  # 4 + 2 is 3 + 3
+
+
+def test_presets_that_fit_no_other_shape():
+    shape = cache_shape("3x2x64")
+    for name, message in (("asymkv-16-0", "has 3 layers"), ("asymkv-auto@2.5", "measurements on a model")):
+        with pytest.raises(ValueError, match=message):
+            footprint(name, preset(name), shape, 1024)
 
 
 def test_kvquant3_at_llama_7b():
