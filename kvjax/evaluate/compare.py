@@ -59,6 +59,14 @@ class Task:
     seed: int = 0
 
     @functools.cached_property
+    def common(self) -> dict[str, Any]:
+        """What determines results besides the method and the part: all but speed and batches."""
+        return {
+            "kvjax": __version__, "model": self.model.fingerprint, "dtype": str(self.model.dtype),
+            "platform": jax.default_backend(),
+        }  # fmt: skip
+
+    @functools.cached_property
     def evaluations(self) -> dict[str, Evaluation]:
         """By protocol; the reference that they hold is compiled once and serves all presets."""
         return {
@@ -149,20 +157,10 @@ def compare(
       progress: show a bar on stderr.
       on_start: called with a line that says how much there is to do.
     """
-    names, parts = list(dict.fromkeys([REFERENCE, *names])), task.parts
+    names = list(dict.fromkeys([REFERENCE, *names]))
     policies: dict[str, Policy] = {}
     errors: dict[str, str] = {}
-    keys: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
-    for name in names:
-        with _error_of(name, errors):
-            chosen = preset(name)
-            if calibration is not None and (chosen.needs_params or chosen.budget is not None):
-                method = {"preset": repr(chosen), "calibration": calibration}
-            else:
-                policies[name] = policy_of(name)
-                method = _method(policies[name])
-            for part, settings in parts.items():
-                keys[name, part] = _key(task.model, method, part, settings)
+    keys = _keys(task, names, policy_of, calibration, policies, errors)
     records = {unit: journal.records[key] for unit, (key, _) in keys.items() if key in journal.records}
     skipped, others = len(records), len(journal.records.keys() - {key for key, _ in keys.values()})
     left = [unit for unit in keys if unit not in records]
@@ -173,20 +171,46 @@ def compare(
         for name, part in left:
             with shown.unit(f"{name} {part}", part), _error_of(name, errors):
                 if name not in policies:
+                    if name in errors:
+                        continue  # it cannot be fitted
                     with shown.paused():  # calibration has a bar of its own
                         policies[name] = policy_of(name)
                 began = time.perf_counter()
                 result, path = _measure(task, policies[name], part, shown.within)
                 key, settings = keys[name, part]
-                record = {
+                records[name, part] = {
                     "key": key, "quant": name, "part": part, "settings": settings, "result": result, "path": path,
                     "seconds": round(time.perf_counter() - began, 3),
                     "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 }  # fmt: skip
-                records[name, part] = record
             if (name, part) in records:  # outside: a full disk is no error of the preset's
                 journal.append(records[name, part])
     return Outcome(records, errors, skipped, others)
+
+
+def _keys(
+    task: Task,
+    names: Sequence[str],
+    policy_of: Callable[[str], Policy],
+    calibration: str | None,
+    policies: dict[str, Policy],
+    errors: dict[str, str],
+) -> dict[tuple[str, str], tuple[str, dict[str, Any]]]:
+    """Every unit's key and settings; policies that had to be made for it, and presets that failed, are noted."""
+    keys, parts = {}, task.parts
+    for name in names:
+        with _error_of(name, errors):
+            chosen = preset(name)
+            if calibration is not None and (chosen.needs_params or chosen.budget is not None):
+                method = {"preset": repr(chosen), "calibration": calibration}
+            else:
+                policies[name] = policy_of(name)
+                method = _method(policies[name])
+            for part, settings in parts.items():
+                everything = task.common | {"method": method, "part": part} | settings
+                content = json.dumps(everything, sort_keys=True).encode()
+                keys[name, part] = (hashlib.sha256(content).hexdigest()[:20], everything)
+    return keys
 
 
 def _measure(
@@ -206,15 +230,6 @@ def _measure(
     cells = [{key: getattr(r, key) for key in ("length", "depth", "trials", "correct", "recall")} for r in results]
     path = path_of(task.model, policy, "decode")
     return {"bits_per_element": results[0].bits_per_element, "cells": cells}, path.splitlines()
-
-
-def _key(model: LoadedModel, method: Any, part: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A unit's key and the settings that it hashes: whatever its numbers depend on, speed and batches apart."""
-    everything = {
-        "kvjax": __version__, "model": model.fingerprint, "dtype": str(model.dtype), "platform": jax.default_backend(),
-        "method": method, "part": part,
-    } | settings  # fmt: skip
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:20], everything
 
 
 def _method(policy: Policy) -> dict[str, Any]:

@@ -216,6 +216,20 @@ def test_a_failing_preset_is_a_row(task, tmp_path, monkeypatch):
     assert columns(table)["error"] == ["", "failed, see below", ""] and "int3 failed: no layers" in remarks(table)
 
 
+def test_what_cannot_be_fitted_is_tried_once(task, tmp_path, monkeypatch):
+    tried = []
+
+    def refusing(name):
+        tried.append(name)
+        if name == "kvquant3":
+            raise OSError("no text")
+        return policy_of(name)
+
+    fake_measure(monkeypatch, [])
+    outcome = compare(task, ["kvquant3"], refusing, Journal(tmp_path / "r.jsonl"), calibration="a", progress=False)
+    assert tried == ["bf16", "kvquant3"] and outcome.errors == {"kvquant3": "no text"} and len(outcome.records) == 3
+
+
 def test_numbers_that_are_none_are_errors(task, tmp_path, monkeypatch):
     nan = dataclasses.replace(task.evaluations["all"].run([policy_of("bf16")], progress=False)[0], kl=float("nan"))
     monkeypatch.setattr(module.Evaluation, "run", lambda *args, **kwargs: [nan])
