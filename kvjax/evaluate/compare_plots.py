@@ -17,6 +17,11 @@ CONTEXTS = (*(4096 << i for i in range(12)), 10_000_000)  # tokens: 4K to 8M, an
 DEVICE_BYTES = 80 << 30  # what is sold as 80 GB
 _UNCOMPRESSED = "uncompressed"
 
+_COLOURS = {
+    "kvquant": "#1f77b4", "kivi": "#ff7f0e", "asymkv": "#d62728", "alignedkv": "#2ca02c", "int": "#9467bd",
+    "nf": "#e377c2", "fp": "#8c564b", "atom": "#17a2b8", "flexgen": "#b8860b", "pair": "#000000", _UNCOMPRESSED: "0.45",
+}  # fmt: skip
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -173,21 +178,10 @@ def _compressed(rows: Rows) -> list[Mapping[str, Any]]:
 
 
 def _colours(rows: Rows) -> dict[str, str]:
-    """A colour for each family, in the order in which they come; grey for the uncompressed."""
-    palette = [
-        "#1f77b4",
-        "#d62728",
-        "#2ca02c",
-        "#ff7f0e",
-        "#9467bd",
-        "#8c564b",
-        "#e377c2",
-        "#17a2b8",
-        "#b8860b",
-        "#000",
-    ]
-    families = dict.fromkeys(family(row["quant"]) for row in _compressed(rows))
-    return {f: palette[i % len(palette)] for i, f in enumerate(families)} | {_UNCOMPRESSED: "0.45"}
+    """A colour for each family that is there: known ones have their own in every plot, grey is for the uncompressed."""
+    others = [f for f in dict.fromkeys(family(row["quant"]) for row in _compressed(rows)) if f not in _COLOURS]
+    spare = ("#7b4173", "#637939", "#393b79", "#843c39")
+    return _COLOURS | {f: spare[i % len(spare)] for i, f in enumerate(others)}
 
 
 def _fitting(nbytes: Sequence[int]) -> float:

@@ -49,7 +49,7 @@ def rows(
         cells = [cell for part, result in measured.items() if part.startswith(PASSKEY) for cell in result["cells"]]
         row["passkey"] = cells
         row["passkey_recall"] = float(np.mean([cell["recall"] for cell in cells])) if cells else None
-        row["seconds"] = round(sum(record["seconds"] for record in found.values()), 3)
+        row["seconds"] = round(sum(record["seconds"] for record in found.values()), 3) if found else None
         row["error"] = outcome.errors.get(name)
         out.append(row)
     return out
