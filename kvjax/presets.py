@@ -16,8 +16,9 @@
 | bf16, f16, f32 | uncompressed | |
 
 Suffixes of the KIVI and AsymKV families, in this order: -gN group, -wN window (KIVI's R), -eta or -twomean levels
-(`kvjax.codecs.affine`; -twomean: two means at 1 bit). NAME-rot rotates keys and values (`kvjax.codecs.rotated`). A:B
-takes the keys of A and the values of B. A name that ends in .toml is a file (`kvjax.policy_file`).
+(`kvjax.codecs.affine`; -twomean: two means at 1 bit), -m8 scales and zeros in 8 bits. NAME-rot rotates keys and values
+(`kvjax.codecs.rotated`). A:B takes the keys of A and the values of B. A name that ends in .toml is a file
+(`kvjax.policy_file`).
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from kvjax.codecs import (
     NUQTokenCodec,
     RotatedCodec,
 )
-from kvjax.codecs.affine import Levels
+from kvjax.codecs.affine import Levels, Meta
 from kvjax.policy import Override, Preset
 
 
@@ -75,6 +76,7 @@ def asymkv(
     group: int = 32,
     window: int = 128,
     levels: Levels = "minmax",
+    meta: Meta = "float16",
 ) -> Preset:
     """AsymKV-early/late-key_layers/value_layers (arXiv 2410.13212, section 4) on KIVI's quantizer and windows.
 
@@ -83,7 +85,7 @@ def asymkv(
     """
 
     def codec(bits: int, along: Literal["tokens", "channels"]) -> AffineCodec:
-        return AffineCodec(bits, group, along, "minmax" if levels == "two_mean" and bits > 1 else levels)
+        return AffineCodec(bits, group, along, "minmax" if levels == "two_mean" and bits > 1 else levels, meta)
 
     return Preset(
         keys=codec(late, "tokens"),
@@ -144,7 +146,7 @@ PRESETS: dict[str, Preset] = {
     "kvquant2-dense-qnorm": kvquant(2, outliers=0, q_norm=True),
 }
 
-_SUFFIXES = r"(?:-g(?P<group>\d+))?(?:-w(?P<window>\d+))?(?:-(?P<levels>eta|twomean))?"
+_SUFFIXES = r"(?:-g(?P<group>\d+))?(?:-w(?P<window>\d+))?(?:-(?P<levels>eta|twomean))?(?P<meta>-m8)?"
 _KIVI = re.compile(r"kivi(?P<early>\d)" + _SUFFIXES)
 _ASYMKV = re.compile(r"asymkv-(?:(?P<early>\d)/(?P<late>\d)-)?(?P<keys>\d+)-(?P<values>\d+)" + _SUFFIXES)
 _AUTO = re.compile(r"asymkv-auto@(?P<budget>\d+(?:\.\d+)?)" + _SUFFIXES)
@@ -180,7 +182,7 @@ def _asymkv_family(fields: dict[str, str | None], early: int, late: int | None) 
         raise ValueError("`quant`: -twomean is of 1-bit codes; use -eta at other widths.")
     preset = asymkv(
         early, late, int(fields.get("keys") or 0), int(fields.get("values") or 0),
-        int(fields["group"] or 32), int(fields["window"] or 128), levels,
+        int(fields["group"] or 32), int(fields["window"] or 128), levels, "int8" if fields["meta"] else "float16",
     )  # fmt: skip
     budget = fields.get("budget")
     return dataclasses.replace(preset, budget=float(budget)) if budget else preset

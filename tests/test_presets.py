@@ -33,6 +33,7 @@ def test_names_with_numbers():
     chosen = preset("asymkv-8/3-1-1-g64-w512-eta")
     assert chosen.keys == AffineCodec(3, 64, "tokens", "eta") and chosen.values == AffineCodec(3, 64, "channels", "eta")
     assert (chosen.k_window, chosen.v_window) == (512, 513)
+    assert preset("kivi2-eta-m8").values == AffineCodec(2, 32, "channels", "eta", "int8")
     assert preset("kivi2-g128").keys == AffineCodec(2, 128, "tokens")
     assert preset("kivi4") == PRESETS["kivi4"] == preset("kivi4-g32-w128")
     early, late = (preset("asymkv-1-1-twomean").codecs(2)[i][0].levels for i in (0, 1))

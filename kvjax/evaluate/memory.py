@@ -47,7 +47,15 @@ def cache_shape(name: str) -> CacheShape:
 
 
 def footprint(name: str, preset: Preset, shape: CacheShape, tokens: int, dtype: Any = jnp.bfloat16) -> Footprint:
-    """The cache of one row of `tokens` tokens.
+    """The cost of the cache of one row of `tokens` tokens; arguments and errors as in `abstract_cache`."""
+    cache = abstract_cache(name, preset, shape, tokens, dtype)
+    return Footprint(decode.bits_per_element(cache), decode.nbytes(cache))
+
+
+def abstract_cache(
+    name: str, preset: Preset, shape: CacheShape, tokens: int, dtype: Any = jnp.bfloat16, batch: int = 1
+) -> decode.KVCache:
+    """A cache of ShapeDtypeStructs.
 
     Args:
       dtype: of recent tokens and sinks.
@@ -62,11 +70,9 @@ def footprint(name: str, preset: Preset, shape: CacheShape, tokens: int, dtype: 
 
     def make(params: list[list[Any]]) -> decode.KVCache:
         policy = bind(name, preset, shape.layers, *(dict(zip(*side)) for side in zip(sides, params)))
-        return decode.init_cache(shape, policy, batch=1, capacity=tokens, dtype=dtype)
+        return decode.init_cache(shape, policy, batch=batch, capacity=tokens, dtype=dtype)
 
-    params = [[abstract_params(codec, shape) for codec in side] for side in sides]
-    cache = jax.eval_shape(make, params)
-    return Footprint(decode.bits_per_element(cache), decode.nbytes(cache))
+    return jax.eval_shape(make, [[abstract_params(codec, shape) for codec in side] for side in sides])
 
 
 def abstract_params(codec: AbstractCodec, shape: CacheShape) -> dict[str, jax.ShapeDtypeStruct] | None:

@@ -4,7 +4,7 @@ In models of 7B a few key channels are consistently many times larger than the r
 3.1; KIVI, arXiv 2402.02750, section 3): one range per token then leaves no levels for the others. A small model has
 milder ones, so methods look alike on it. `rewrite` makes them large by scaling channels where another weight undoes it.
 
-`LLAMA2_7B` imitates, as published for Llama-2-7B: a handful of key channels per head (1 RoPE pair in 16) in its slow
+`LLAMA2_7B` imitates what is written of Llama-2-7B: a handful of key channels per head (1 RoPE pair in 16) in its slow
 pairs (arXiv 2502.01563: massive values sit at low frequencies, in the same region of all heads, and not in the values),
 8 or 16 times as large; values milder, without a pattern: 1 channel in 8 twice as large. On the tiny model (one window
 of 1024 tokens of wikitext2-test, CPU) the largest channel of a layer, as a multiple of the median one, becomes

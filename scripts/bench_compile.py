@@ -1,0 +1,85 @@
+"""Time to trace and compile a decode step at the shape of a real model, from abstract weights: nothing is allocated.
+
+python scripts/bench_compile.py --quant bf16,kvquant3,kivi2,asymkv-16-0,configs/mask-32.toml
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from _cli import Parser, count, environment, one_line_errors, presets, show
+from rich.table import Table
+
+from kvjax import decode
+from kvjax.evaluate.memory import abstract_cache
+from kvjax.model import cached
+from kvjax.model.config import ModelConfig
+from kvjax.model.llama import LoadedModel, weight_shapes
+from kvjax.model.rope import make_rope
+from kvjax.policy import preset
+
+MODELS = {
+    "llama-7b": ModelConfig(layers=32, width=4096, mlp_width=11008, q_heads=32, kv_heads=32, head_dim=128, vocab=32000),
+    "llama-3-8b": ModelConfig(
+        layers=32, width=4096, mlp_width=14336, q_heads=32, kv_heads=8, head_dim=128, vocab=128256
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quant", default="bf16,kvquant3,kivi2,asymkv-16-0,asymkv-20-8,configs/mask-32.toml")
+    parser.add_argument("--model", default="llama-3-8b", choices=list(MODELS), help="the shape (%(default)s)")
+    parser.add_argument("--context", type=int, default=131072, metavar="N", help="tokens of capacity (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        rows = [measure(name, args) for name in presets(args.quant)]
+        if args.json:
+            Path(args.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    table = Table(box=None, pad_edge=False)
+    for column in ("quant", "segments", "trace s", "compile s", "together s", "temporaries MiB", "cache donated"):
+        table.add_column(column, justify="left" if column == "quant" else "right")
+    for row in rows:
+        table.add_row(
+            row["quant"], str(row["segments"]), f"{row['trace_s']:.2f}", f"{row['compile_s']:.2f}",
+            f"{row['trace_s'] + row['compile_s']:.2f}", f"{row['temporary_bytes'] / 2**20:.0f}",
+            f"{row['aliased']:.0%}",
+        )  # fmt: skip
+    show([table, f"{args.model}, {args.context:,} tokens, {count(args.batch, 'row')}, {args.dtype}", environment()])
+    return 0
+
+
+def measure(name: str, args: argparse.Namespace) -> dict:
+    """One preset's decode step, compiled for the default backend."""
+    config = MODELS[args.model]
+    weights = {n: jax.ShapeDtypeStruct(shape, jnp.dtype(args.dtype)) for n, shape in weight_shapes(config).items()}
+    model = LoadedModel(weights, make_rope(config.head_dim, args.context), config)
+    shape = decode.CacheShape(config.layers, config.q_heads, config.kv_heads, config.head_dim, model.rope)
+    cache = abstract_cache(name, preset(name), shape, args.context, jnp.dtype(args.dtype), args.batch)
+    token = jax.ShapeDtypeStruct((args.batch,), jnp.int32)
+    start = time.perf_counter()
+    lowered = cached.step.lower(model, cache, token, token)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    memory = compiled.memory_analysis()
+    assert memory is not None  # every backend of ours has it
+    return {
+        "quant": name,
+        "segments": len(cache.segments),
+        "trace_s": traced - start,
+        "compile_s": end - traced,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes / decode.nbytes(cache),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
