@@ -340,7 +340,7 @@ def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -
     platform = platform or jax.default_backend()
     lines, slow = [], []
     for segment in cache.segments:
-        name = f"layers {_ranges(segment.layer_ids)}"
+        name = f"layer{'s' * (segment.layers > 1)} {_ranges(segment.layer_ids)}"
         what = f"keys {segment.k_codec.describe()}, values {segment.v_codec.describe()}"
         kernel = FAST.get((type(segment.k), platform))
         if kernel is None:

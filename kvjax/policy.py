@@ -54,14 +54,15 @@ class Preset:
     overrides: tuple[Override, ...] = ()
     budget: float | None = None
 
-    def codecs(self, layers: int) -> list[tuple[AbstractCodec, AbstractCodec]]:
-        """The codecs of keys and values of each of a model's `layers` layers."""
+    def codecs(self, layers: int, name: str = "") -> list[tuple[AbstractCodec, AbstractCodec]]:
+        """The codecs of keys and values of each of a model's `layers` layers; `name` is for the error."""
         pairs = [(self.keys, self.values)] * layers
         for override in self.overrides:
             for layer in override.layers:
                 if not -layers <= layer < layers:
                     raise ValueError(
-                        f"`quant` sets layer {layer}, but the model has {layers} layers; name 0 to {layers - 1}."
+                        f"`quant={name}` sets layer {layer}, but the model has {layers} layers, 0 to {layers - 1}; "
+                        "use one that sets no other."
                     )
                 keys, values = pairs[layer]
                 pairs[layer] = (override.keys or keys, override.values or values)
@@ -134,7 +135,7 @@ def bind(name: str, preset: Preset, layers: int, k_params: Any = None, v_params:
       k_params, v_params: fitted constants, leaves `[layers, ...]`, where its codecs need them: of the one codec that
         does, or a dict of codec to constants.
     """
-    pairs = preset.codecs(layers)
+    pairs = preset.codecs(layers, name)
     runs = [[0]] if layers else []
     for layer in range(1, layers):
         if pairs[layer] == pairs[layer - 1]:
@@ -194,7 +195,7 @@ def policy(name: str, model: Any, calibration: Any = None, text: Any = None, pro
         chosen = allocated(model, name, chosen, text=text, progress=progress)
     if not chosen.needs_params:
         return bind(name, chosen, layers)
-    pairs = chosen.codecs(layers)
+    pairs = chosen.codecs(layers, name)
     if chosen.overrides or not (chosen.keys.needs_params and chosen.values.needs_params):
         if calibration is not None:
             raise ValueError(f"`calibration` goes with one method, but `quant={name}` mixes several; leave it out.")

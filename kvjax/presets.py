@@ -167,10 +167,10 @@ def named(name: str) -> Preset:
     for pattern, early, late in ((_KIVI, 2, None), (_ASYMKV, 2, 1), (_AUTO, 2, 1)):
         if found := pattern.fullmatch(name):
             return _asymkv_family(found.groupdict(), early, late)
-    near = difflib.get_close_matches(name, PRESETS, n=4, cutoff=0.5) or list(PRESETS)
+    near = difflib.get_close_matches(name, PRESETS, n=4, cutoff=0.5) or ["kvquant3", "kivi2", "int4", "fp8", "bf16"]
     raise ValueError(
-        f"`quant={name}` is not a preset; the nearest are {', '.join(near)}; kiviB, asymkv-LK-LV, asymkv-HI/LO-LK-LV, "
-        "asymkv-auto@BITS, NAME-rot, KEYS:VALUES and a .toml file are names too."
+        f"`quant={name}` is not a preset; the nearest are {', '.join(near)}, and there are asymkv-LK-LV, "
+        "asymkv-HI/LO-LK-LV, asymkv-auto@BITS, NAME-rot, KEYS:VALUES and files in TOML (README, Methods)."
     )
 
 

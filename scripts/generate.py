@@ -68,8 +68,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     path = explain(new_cache(), strict=args.strict)
     start = time.perf_counter()
+    never = (-1,) * len(model.config.eos_ids)  # as many as there are: their number is part of what is compiled
     with console.status("compiling"):
-        generate(model, new_cache(), ids, max_new_tokens=min(2, args.max_new_tokens), eos=(), **sampling)
+        generate(model, new_cache(), ids, max_new_tokens=min(2, args.max_new_tokens), eos=never, **sampling)
     compiled = time.perf_counter()
     stream = Stream(model.tokenizer, prompt)
     _, cache = generate(model, new_cache(), ids, max_new_tokens=args.max_new_tokens, on_token=stream.take, **sampling)

@@ -131,7 +131,7 @@ def test_names_that_make_no_preset():
     }.items():
         with pytest.raises(ValueError, match=message):
             preset(name)
-    with pytest.raises(ValueError, match="sets layer 5, but the model has 5 layers"):
+    with pytest.raises(ValueError, match="sets layer 5, but the model has 5 layers, 0 to 4"):
         preset("asymkv-16-0").codecs(5)
     with pytest.raises(ValueError, match="must be a multiple of the 32 tokens that share a group"):
         tiny = kvjax.load("tiny")

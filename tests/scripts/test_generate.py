@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from kvjax import decode
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
@@ -20,6 +22,7 @@ def main(monkeypatch):
 
 def test_report(main, tmp_path, capsys):
     report = tmp_path / "report.json"
+    compiled = decode._next_token._cache_size()
     assert main(["--quant", "int4", "--prompt", "The sea", "--max-new-tokens", "4", "--json", str(report)]) == 0
     out = capsys.readouterr()
     figures = json.loads(report.read_text())
@@ -28,6 +31,7 @@ def test_report(main, tmp_path, capsys):
         "decode_tokens_per_s", "path", "platform", "versions",
     ]  # fmt: skip
     assert out.out == f"The sea{figures['text']}\n" and figures["text"]
+    assert decode._next_token._cache_size() - compiled <= 1  # nothing is compiled while tokens are timed
     assert figures["bits_per_element"] == 4.25  # 4-bit codes and 32 bits per token of 128 channels
     assert "4.25 bits per element" in out.err and "reference (chunked jnp)" in out.err
 
