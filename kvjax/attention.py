@@ -283,7 +283,8 @@ def _recent(cache: KVCache, segment: Segment, layer: Any, qs: Queries, new: NewT
         exact = span(getattr(segment, f"{name}_recent")[layer], x, held, first_new, 0, count)
         blocks = exact.reshape(*exact.shape[:2], count // T, T, -1).swapaxes(1, 2)
         stored = codec.roundtrip(blocks, params).swapaxes(1, 2).reshape(exact.shape).astype(cache.dtype)
-        stored = jnp.where(still_frozen[:, None, :, None], exact, stored)
+        if cache.reopens:
+            stored = jnp.where(still_frozen[:, None, :, None], exact, stored)
         if name == "k" and codec.pre_rope:
             exact, stored = (rotate_tokens(shape, y, position, qs.total) for y in (exact, stored))
         mask = _seen_stored(cache, codec, getattr(cache, f"{name}_window"), query, token)

@@ -113,6 +113,11 @@ class KVCache:
     def batch(self) -> int:
         return self.length.shape[0]
 
+    @property
+    def reopens(self) -> bool:
+        """Whether `crop` may cut a sealed block: statistics over a group of tokens cannot be completed."""
+        return all(codec.token_local for s in self.segments for codec in (s.k_codec, s.v_codec))
+
     def sealed(self, length: jax.Array) -> jax.Array:
         """Sealed blocks of a row that holds `length` tokens."""
         return jnp.maximum(length - self.sinks - self.window, 0) // self.block

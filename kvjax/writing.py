@@ -71,7 +71,7 @@ def write_layer(cache: KVCache, segment: Segment, layer: Any, k: jax.Array, v: j
             full = index < newly[:, None]
             at = jnp.where(full, sealed[:, None] + index, jax.tree.leaves(storage)[0].shape[2])
             block = codec.encode(tokens, params)
-            if codec.token_local:
+            if cache.reopens:
                 kept = jnp.clip(cache.frozen[:, None] - index * cache.block, 0, cache.block)
                 clipped = jnp.minimum(at, jax.tree.leaves(storage)[0].shape[2] - 1)
                 stored = jax.tree.map(lambda leaf: leaf[layer, rows[:, None], clipped], storage)
