@@ -131,7 +131,9 @@ def _seen_stored(
     return full_at <= query
 
 
-def attend_layer(cache: KVCache, segment: Segment, layer: Any, qs: Queries, new: "NewTokens", mode: Mode) -> jax.Array:
+def attend_layer(
+    cache: KVCache, segment: Segment, layer: Any, qs: Queries, new: "NewTokens", mode: Mode
+) -> tuple[jax.Array, jax.Array | None]:
     """Attention of one layer's queries over everything before them.
 
     Args:
@@ -141,14 +143,19 @@ def attend_layer(cache: KVCache, segment: Segment, layer: Any, qs: Queries, new:
         other uncompressed.
 
     Returns:
-      `[B, S, K, G, H]` float32.
+      `[B, S, K, G, H]` float32; and what was read, `[B, n]` float32, where the codecs are read in part, else None.
     """
+    if segment.reads is not None:
+        from kvjax import aligned  # made of the parts here
+
+        part, counts = aligned.attend(cache, segment, layer, qs, new, mode)
+        return finish(part).transpose(0, 3, 1, 2, 4), counts
     part = _sealed(cache, segment, layer, qs)
     part = merge(part, _sinks(cache, segment, layer, qs, new, mode))
     part = merge(part, _recent(cache, segment, layer, qs, new, mode))
     if mode == "exact":
         part = merge(part, _this_call(cache, qs, new))
-    return finish(part).transpose(0, 3, 1, 2, 4)
+    return finish(part).transpose(0, 3, 1, 2, 4), None
 
 
 @jax.tree_util.register_dataclass

@@ -58,6 +58,29 @@ def attend(
     Returns:
       `[B, S, K*G, H]` in q's type; rows beyond `counts` are arbitrary.
     """
+    return _attend_layer(cache, layer, q, counts, attention)[0]
+
+
+def attend_and_count(
+    cache: KVCache, layer: Any, q: jax.Array, counts: Any = None, attention: _attention.Mode = "cached"
+) -> tuple[jax.Array, KVCache]:
+    """`attend`, and the cache with what was read added to its counters, for `kvjax.decode.bits_read`.
+
+    Only methods that are read in part (AlignedKV) count; the others' caches come back as they are.
+    """
+    out, index, at, reads = _attend_layer(cache, layer, q, counts, attention)
+    if reads is None:
+        return out, cache
+    segment = cache.segments[index]
+    counted = dataclasses.replace(segment, reads=segment.reads.at[at].add(reads))
+    segments = (*cache.segments[:index], counted, *cache.segments[index + 1 :])
+    return out, dataclasses.replace(cache, segments=segments)
+
+
+def _attend_layer(
+    cache: KVCache, layer: Any, q: jax.Array, counts: Any, attention: _attention.Mode
+) -> tuple[jax.Array, int, Any, jax.Array | None]:
+    """The output, the segment's index, the layer's index in it, and what was read."""
     shape = cache.shape
     wanted = (cache.batch, cache.pending[0].shape[3], shape.q_heads, shape.head_dim)
     if q.shape != wanted:
@@ -65,7 +88,8 @@ def attend(
     index = _segment_of(cache, layer)
     ids = cache.segments[index].layer_ids
     at = layer if isinstance(layer, jax.core.Tracer) else ids.index(int(layer))  # one segment: they are the same
-    return _attend(cache, index, jnp.asarray(at), jnp.asarray(layer), q, _counts(cache, counts), attention)
+    out, reads = _attend(cache, index, jnp.asarray(at), jnp.asarray(layer), q, _counts(cache, counts), attention)
+    return out, index, at, reads
 
 
 def advance(cache: KVCache, counts: Any = None) -> KVCache:
@@ -110,8 +134,8 @@ def _attend(cache, index, at, layer, q, counts, mode):
     k, v = (jnp.take(x, layer, axis=0).swapaxes(1, 2) for x in cache.pending)
     q_grouped = q.reshape(B, S, shape.kv_heads, -1, H)
     qs, new = _attention.layer_inputs(cache, segment, q_grouped, k, v, counts)
-    out = _attention.attend_layer(cache, segment, at, qs, new, mode)
-    return out.reshape(q.shape).astype(q.dtype)
+    out, reads = _attention.attend_layer(cache, segment, at, qs, new, mode)
+    return out.reshape(q.shape).astype(q.dtype), reads
 
 
 @jax.jit

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import reads
 from kvjax.codecs.base import AbstractCodec, Leaf
 from kvjax.model.rope import Rope
 
@@ -51,6 +52,7 @@ class Segment:
       k_sinks, v_sinks: `[L, B, K, s, H]`.
       k_params, v_params: the codecs' fitted constants, leaves `[L, ...]`, or None.
       dropped: `[L, B]` int32, outliers of sealed blocks that found no slot.
+      reads: `[L, B, n]` float32, what attention read (`kvjax.reads.FIELDS`); None unless a codec is read in part.
       k_codec, v_codec: static.
       layer_ids: the layers of the model, ascending; static.
     """
@@ -64,6 +66,7 @@ class Segment:
     k_params: Leaf
     v_params: Leaf
     dropped: Leaf
+    reads: Leaf
     k_codec: AbstractCodec = dataclasses.field(metadata={"static": True})
     v_codec: AbstractCodec = dataclasses.field(metadata={"static": True})
     layer_ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -166,6 +169,11 @@ def init(
         spec = jax.eval_shape(codec.encode, x, one)
         return jax.tree.map(lambda leaf: jnp.zeros((layers, batch, blocks, *leaf.shape), leaf.dtype), spec)
 
+    def counters(part: Any) -> jax.Array | None:
+        if not (part.k_codec.reads_in_part or part.v_codec.reads_in_part):
+            return None
+        return jnp.zeros((len(part.layer_ids), batch, len(reads.FIELDS)), jnp.float32)
+
     def own(params: Any) -> Any:
         # The cache is donated on every step: it must not share buffers with the policy or with another cache.
         return jax.tree.map(lambda p: jnp.array(p, copy=True), params)
@@ -181,6 +189,7 @@ def init(
             k_params=own(part.k_params),
             v_params=own(part.v_params),
             dropped=jnp.zeros((len(part.layer_ids), batch), jnp.int32),
+            reads=counters(part),
             k_codec=part.k_codec,
             v_codec=part.v_codec,
             layer_ids=part.layer_ids,

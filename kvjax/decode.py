@@ -19,15 +19,15 @@ import numpy as np
 from kvjax import attention as _attention
 from kvjax import cache as _cache
 from kvjax.attention import explain
-from kvjax.byo import advance, append, attend
+from kvjax.byo import advance, append, attend, attend_and_count
 from kvjax.cache import CacheShape, KVCache
 from kvjax.model import cached
 from kvjax.rows import crop, fork
 from kvjax.sampling import Sampler, sample
 
 __all__ = [
-    "CacheShape", "KVCache", "advance", "append", "attend", "bits_per_element", "crop", "explain", "fork",
-    "generate", "init_cache", "nbytes", "prefill", "score", "statistics", "step",
+    "CacheShape", "KVCache", "advance", "append", "attend", "attend_and_count", "bits_per_element", "bits_read", "crop",
+    "explain", "fork", "generate", "init_cache", "nbytes", "prefill", "score", "statistics", "step",
 ]  # fmt: skip
 
 
@@ -74,7 +74,8 @@ def prefill(
       logits `[B, V]` float32 of each row's last token, and the cache.
 
     Raises:
-      ValueError: for an empty or out-of-range prompt, and where it does not fit the cache, which stays usable.
+      ValueError: for an empty or out-of-range prompt, and where it does not fit the cache, which stays usable; also
+        where the method stores float16 planes (AlignedKV) and a key or value leaves float16's range.
     """
     tokens = np.asarray(tokens)
     tokens, counts = _checked_tokens(cache, tokens, lengths, model.config.vocab)
@@ -84,7 +85,10 @@ def prefill(
     padded = np.zeros((tokens.shape[0], _bucket(tokens.shape[1])), np.int32)
     padded[:, : tokens.shape[1]] = tokens
     run = cached.prefill_exact if attention == "exact" else cached.prefill_cached
-    return run(model, cache, padded, counts)
+    _check_range(cache)
+    logits, cache = run(model, cache, padded, counts)
+    _check_range(cache)
+    return logits, cache
 
 
 def step(model: Any, cache: KVCache, token: Any, active: Any = None) -> tuple[jax.Array, KVCache]:
@@ -96,8 +100,10 @@ def step(model: Any, cache: KVCache, token: Any, active: Any = None) -> tuple[ja
 
     Raises:
       ValueError: where a row is full; the cache stays usable. Under a trace the row is left as it is and counted
-        in `statistics(cache)["overrun"]`.
+        in `statistics(cache)["overrun"]`. Also where a key or value that an earlier call stored left the range of
+        float16 planes (this call's own is found by the next: a step does not wait for its result).
     """
+    _check_range(cache)
     counts = jnp.ones((cache.batch,), jnp.int32) if active is None else jnp.asarray(active).astype(jnp.int32)
     _cache.check_room(cache, counts)
     return cached.step(model, cache, jnp.asarray(token, jnp.int32), counts)
@@ -107,7 +113,10 @@ def score(model: Any, cache: KVCache, tokens: Any) -> tuple[jax.Array, KVCache]:
     """Teacher-forced decoding: `tokens[B, S]` one by one through the real decode step; logits `[B, S, V]`."""
     tokens, counts = _checked_tokens(cache, np.asarray(tokens), None, model.config.vocab)
     _cache.check_room(cache, counts)
-    return cached.score(model, cache, tokens)
+    _check_range(cache)
+    logits, cache = cached.score(model, cache, tokens)
+    _check_range(cache)
+    return logits, cache
 
 
 def generate(
@@ -162,6 +171,7 @@ def generate(
         out.append(token)
         if on_token:
             on_token(np.asarray(token))
+    _check_range(cache)
     new = np.stack([np.asarray(t) for t in out], axis=1)
     return np.concatenate([new, np.repeat(new[:, -1:], max_new_tokens - new.shape[1], axis=1)], axis=1), cache
 
@@ -173,6 +183,27 @@ def bits_per_element(cache: KVCache) -> float:
     return bits / (elements * cache.batch * cache.block * cache.shape.kv_heads * cache.shape.head_dim)
 
 
+def bits_read(cache: KVCache) -> dict[str, float] | None:
+    """Average bits that attention read per sealed element it saw, by methods that read in part (AlignedKV).
+
+    Counted over the cache's life, by layers whose codecs are read in part, where tokens attended through the cache:
+    decode steps and prefill with attention "cached". Metadata and estimates are included; see `kvjax.reads`.
+
+    Returns:
+      `keys`, `values` and `all`: bits needed; `keys_units`, `values_units` and `all_units`: as moved in units of 64
+      bytes. None where everything is read, and before anything was.
+    """
+    counts = [np.asarray(s.reads, np.float64).sum((0, 1)) for s in cache.segments if s.reads is not None]
+    if not counts or not np.sum(counts):
+        return None
+    (k, k_bits, k_units), (v, v_bits, v_units) = np.sum(counts, 0).reshape(2, -1)
+    ratios = {
+        "keys": k_bits / k, "values": v_bits / v, "all": (k_bits + v_bits) / (k + v),
+        "keys_units": k_units / k, "values_units": v_units / v, "all_units": (k_units + v_units) / (k + v),
+    }  # fmt: skip
+    return {name: float(ratio) for name, ratio in ratios.items()}
+
+
 def nbytes(cache: KVCache) -> int:
     """Everything the cache allocates: sealed blocks, ring, sinks, tables, counters and spare capacity."""
     return _bytes(cache)
@@ -182,6 +213,20 @@ def statistics(cache: KVCache) -> dict[str, int]:
     """What did not fit: `dropped_outliers` (no slot left in a sealed block) and `overrun` (tokens refused)."""
     dropped = sum(int(np.asarray(s.dropped).sum()) for s in cache.segments)
     return {"dropped_outliers": dropped, "overrun": int(np.asarray(cache.overrun).sum())}
+
+
+def _check_range(cache: KVCache) -> None:
+    """Raises where float16 planes hold a key or value that saturated; a traced cache can't be checked."""
+    for segment in cache.segments:
+        if segment.reads is None or isinstance(segment.dropped, jax.core.Tracer):
+            continue
+        dropped = np.asarray(segment.dropped).sum(0)
+        if dropped.any():
+            row = int(dropped.argmax())
+            raise ValueError(
+                f"`policy` {cache.policy!r} stores float16, but {dropped[row]} keys and values of row {row} leave its "
+                "range of +-65504 with this model; use a method with its own scales, such as kivi4, or bf16."
+            )
 
 
 def _shape_of(model: Any) -> CacheShape:

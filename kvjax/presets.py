@@ -13,6 +13,9 @@
 | int8, 4, 3, 2; nf4, 3, 2 | one range per token over the kv width, keys after RoPE | arXiv 2401.18079, Table 1 |
 | atom4, 3, 2 | per token in groups of 128 channels (of the head, where it is smaller) | arXiv 2310.19102 |
 | flexgen4, 3, 2 | per token in groups of 64 channels | arXiv 2303.06865 |
+| alignedkv | float16 in bit planes, read by the paper's criteria | arXiv 2409.16546 |
+| alignedkv-budget, -worst | the same read within an error budget (`kvjax.aligned`) | |
+| kivi4-aligned | KIVI at 4 bits in planes of 2, of which 0 to 4 bits are read within a budget | |
 | bf16, f16, f32 | uncompressed | |
 
 Suffixes of the KIVI and AsymKV families, in this order: -gN group, -wN window (KIVI's R), -eta or -twomean levels
@@ -29,10 +32,13 @@ from typing import Literal
 from kvjax.codecs import (
     AbstractCodec,
     AffineCodec,
+    AlignRule,
     Float8Codec,
     IdentityCodec,
+    IntPlanesCodec,
     NUQChannelCodec,
     NUQTokenCodec,
+    PlanesCodec,
     RotatedCodec,
 )
 from kvjax.codecs.affine import Levels, Meta
@@ -62,6 +68,21 @@ def grouped(bits: int, group: int) -> Preset:
 
 def uncompressed(dtype: str) -> Preset:
     return Preset(keys=IdentityCodec(dtype), values=IdentityCodec(dtype))
+
+
+def aligned(keys: AlignRule, values: AlignRule, sinks: int = 0) -> Preset:
+    """AlignedKV (arXiv 2409.16546): float16 in planes, of which a query reads what it needs (`kvjax.aligned`)."""
+    return Preset(keys=PlanesCodec("tokens", keys), values=PlanesCodec("channels", values), sinks=sinks)
+
+
+def aligned_kivi(bits: int, keys: AlignRule, values: AlignRule) -> Preset:
+    """KIVI's codes in planes. Values wait for their run of 128 like keys: planes are decided on block by block."""
+    return Preset(
+        keys=IntPlanesCodec(AffineCodec(bits, 32, "tokens"), keys),
+        values=IntPlanesCodec(AffineCodec(bits, 32, "channels"), values),
+        k_window=128,
+        v_window=128,
+    )
 
 
 def float8(form: Literal["e4m3", "e5m2"]) -> Preset:
@@ -132,6 +153,10 @@ PRESETS: dict[str, Preset] = {
     "kivi3": kivi(3),
     "kivi2": kivi(2),
     "kivi1": kivi(1),
+    "kivi4-aligned": aligned_kivi(4, AlignRule("rms", 2.0**-1), AlignRule("rms", 2.0**-5, skip=True)),
+    "alignedkv": aligned(AlignRule(scope="running"), AlignRule(scope="running")),
+    "alignedkv-budget": aligned(AlignRule("rms", 2.0**-4), AlignRule("rms", 2.0**-8, skip=True), sinks=1),
+    "alignedkv-worst": aligned(AlignRule("worst", 2.0**-2), AlignRule("worst", 2.0**-6, skip=True), sinks=1),
     "kvquant4": kvquant(4),
     "kvquant3": kvquant(3),
     "kvquant2": kvquant(2),

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kvjax
-from kvjax.decode import bits_per_element, explain, generate, init_cache, nbytes, statistics
+from kvjax.decode import bits_per_element, bits_read, explain, generate, init_cache, nbytes, statistics
 from kvjax.policy import preset
 
 PROMPT = "The captain looked out over the sea, and for a long time he did not speak."
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "text": stream.text,
         "quant": args.quant,
         "bits_per_element": bits_per_element(cache),
+        "bits_read_per_element": (bits_read(cache) or {}).get("all"),
         "cache_bytes": nbytes(cache),
         "bf16_bytes": nbytes(uncompressed),
         "prefill_tokens_per_s": ids.shape[1] / seconds[0],

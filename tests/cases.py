@@ -5,10 +5,13 @@ import numpy as np
 from kvjax.codecs import (
     AbstractCodec,
     AffineCodec,
+    AlignRule,
     Float8Codec,
     IdentityCodec,
+    IntPlanesCodec,
     NUQChannelCodec,
     NUQTokenCodec,
+    PlanesCodec,
     RotatedCodec,
 )
 from kvjax.policy import Policy, Preset, bind
@@ -28,6 +31,10 @@ CODEC_CASES: dict[str, AbstractCodec] = {
     "float8-e4m3": Float8Codec("e4m3"),
     "float8-e5m2": Float8Codec("e5m2"),
     "rotated-affine4": RotatedCodec(AffineCodec(bits=4, group=None)),
+    "planes-keys": PlanesCodec("tokens", AlignRule()),
+    "planes-values": PlanesCodec("channels", AlignRule("rms", 2.0**-8, skip=True)),
+    "int-planes-keys": IntPlanesCodec(AffineCodec(bits=4, group=32, along="tokens"), AlignRule("rms", 0.1)),
+    "int-planes-values": IntPlanesCodec(AffineCodec(bits=8, group=8), AlignRule("worst", 2.0**-6)),
     "token-int4": NUQTokenCodec(bits=4, table="uniform"),
     "token-nf3": NUQTokenCodec(bits=3, table="nf"),
     "token-nuq4": NUQTokenCodec(bits=4),

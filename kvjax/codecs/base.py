@@ -44,6 +44,11 @@ class AbstractCodec(abc.ABC):
         return 1 if self.token_local else block
 
     @property
+    def reads_in_part(self) -> bool:
+        """A query may read fewer bits than are stored (`kvjax.codecs.planes`); attention counts them."""
+        return False
+
+    @property
     def needs_params(self) -> bool:
         """Has constants that `kvjax.calibrate` fits per layer (tables, ranges)."""
         return False

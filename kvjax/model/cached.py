@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kvjax import attention, writing
 from kvjax.cache import KVCache, Segment
+from kvjax.reads import FIELDS
 
 
 def forward_chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Array) -> tuple[jax.Array, KVCache]:
@@ -25,13 +26,26 @@ def forward_chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Arr
     def body(x, absolute, pick):
         def attend(segment, layer, q, k, v):
             qs, new = attention.layer_inputs(cache, segment, q, k, v, counts)
-            return attention.attend_layer(cache, segment, layer, qs, new, "cached"), (new.k_stored, new.v)
+            out, reads = attention.attend_layer(cache, segment, layer, qs, new, "cached")
+            if counting and reads is None:
+                reads = jnp.zeros((cache.batch, len(FIELDS)), jnp.float32)
+            return out, (new.k_stored, new.v, reads)
 
         out, new = pick(attend, *module.qkv(absolute, x))
         return module.finish(absolute, x, out.astype(x.dtype)), new
 
-    x, (k, v) = _scan_layers(cache.segments, body, module.embed(tokens))
+    counting = any(segment.reads is not None for segment in cache.segments)
+    x, (k, v, reads) = _scan_layers(cache.segments, body, module.embed(tokens))
+    if counting:
+        cache = dataclasses.replace(cache, segments=tuple(_counted(segment, reads) for segment in cache.segments))
     return x, writing.write(cache, k, v, counts)
+
+
+def _counted(segment: Segment, reads: jax.Array) -> Segment:
+    """The segment with what its layers read, of `reads[L, B, n]`, added to its counters."""
+    if segment.reads is None:
+        return segment
+    return dataclasses.replace(segment, reads=segment.reads + writing.take_layers(reads, segment.layer_ids))
 
 
 def _scan_layers(segments: tuple[Segment, ...], body: Any, x: Any) -> tuple[Any, Any]:
@@ -188,7 +202,7 @@ def _exact_layer(module, cache, segment, layer, absolute, x, counts, size, chunk
     def attend(chunk, x):
         q, _, _ = part(x, chunk)
         qs = attention.queries(cache.shape, q, cache.length, total, offset=chunk * size)
-        out = attention.attend_layer(cache, segment, layer, qs, new, "exact")
+        out, _ = attention.attend_layer(cache, segment, layer, qs, new, "exact")
         here = jax.lax.dynamic_slice_in_dim(x, chunk * size, size, axis=1)
         here = module.finish(absolute, here, out.astype(x.dtype))
         return jax.lax.dynamic_update_slice_in_dim(x, here, chunk * size, axis=1)

@@ -58,7 +58,8 @@ def test_token_local_codes_do_not_depend_on_neighbours(codec):
     changed = x.copy()
     changed[:, 1:] = 100.0 * random_kv(np.random.default_rng(9), K, T - 1, H)
     same = np.array_equal(codec.roundtrip(x, params)[:, 0], codec.roundtrip(changed, params)[:, 0])
-    assert same == codec.token_local
+    if not codec.reads_in_part:  # what is read in part depends on the block, what is stored need not
+        assert same == codec.token_local
 
 
 @codecs
