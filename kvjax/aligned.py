@@ -39,7 +39,7 @@ class Block(NamedTuple):
     """T tokens of every row, sealed or as if they were.
 
     Attributes:
-      k, v: unpacked blocks of the codecs, leaves `[B, ...]`.
+      k, v: unpacked blocks of the codecs, leaves `[B, ...]`; None where not asked for.
       start: `[B]` number of the first token, counted from behind the sinks.
       seen: `[B, S, T]`, pairs of query and token that this block answers for.
       k_stored, v_stored: those that see the key, or the value, as stored.
@@ -100,7 +100,7 @@ class _Attention:
 
     # Blocks
 
-    def _blocks(self, body: Callable, carry: Any) -> Any:
+    def _blocks(self, body: Callable, carry: Any, sides: str = "kv") -> Any:
         """Folds `body(block, carry)` over the sealed blocks that some row sees, then those of this call."""
         cache = self.cache
         first = jnp.int32(0)
@@ -108,10 +108,10 @@ class _Attention:
             oldest = self.qs.position.min(1) - cache.shape.sliding_window + 1 - cache.sinks
             first = jnp.maximum(oldest, 0).min() // cache.block
         last = cache.sealed(cache.length).max()
-        carry = jax.lax.fori_loop(first, last, lambda n, c: body(self._sealed_block(n), c), carry)
-        return jax.lax.fori_loop(0, self.recent.blocks, lambda n, c: body(self.recent.block(n), c), carry)
+        carry = jax.lax.fori_loop(first, last, lambda n, c: body(self._sealed_block(n, sides), c), carry)
+        return jax.lax.fori_loop(0, self.recent.blocks, lambda n, c: body(self.recent.block(n, sides), c), carry)
 
-    def _sealed_block(self, n: jax.Array) -> Block:
+    def _sealed_block(self, n: jax.Array, sides: str) -> Block:
         def take(leaf: jax.Array) -> jax.Array:
             at = (self.layer, 0, n) + (0,) * (leaf.ndim - 3)
             return jax.lax.dynamic_slice(leaf, at, (1, leaf.shape[1], 1, *leaf.shape[3:]))[0, :, 0]
@@ -121,8 +121,8 @@ class _Attention:
         seen = attention._in_window(cache.shape, self.qs.position[:, :, None], token[None, None])
         seen = seen & (n < cache.sealed(cache.length))[:, None, None]
         return Block(
-            self.k_codec.unpack(jax.tree.map(take, self.segment.k)),
-            self.v_codec.unpack(jax.tree.map(take, self.segment.v)),
+            self.k_codec.unpack(jax.tree.map(take, self.segment.k)) if "k" in sides else None,
+            self.v_codec.unpack(jax.tree.map(take, self.segment.v)) if "v" in sides else None,
             jnp.broadcast_to(n * T, (cache.batch,)),
             seen,
             seen,
@@ -161,9 +161,9 @@ class _Attention:
 
             return jax.tree.map(larger, carry, measure(getattr(block, name)))
 
-        one = jax.eval_shape(lambda: measure(getattr(self._sealed_block(jnp.int32(0)), name)))
+        one = jax.eval_shape(lambda: measure(getattr(self._sealed_block(jnp.int32(0), name), name)))
         B, S = self.qs.position.shape
-        return self._blocks(body, jax.tree.map(lambda m: jnp.zeros((B, S, *m.shape[1:]), m.dtype), one))
+        return self._blocks(body, jax.tree.map(lambda m: jnp.zeros((B, S, *m.shape[1:]), m.dtype), one), name)
 
     # Scores and keys
 
@@ -403,7 +403,7 @@ class _Recent:
         p, top, total = attention._softmax_part(scores, self.before)
         return Partial(_mix(p, self.v_exact.astype(jnp.float32)), top, total)
 
-    def block(self, n: jax.Array) -> Block:
+    def block(self, n: jax.Array, sides: str) -> Block:
         T = self.a.cache.block
 
         def part(x: jax.Array, axis: int) -> jax.Array:
@@ -411,8 +411,8 @@ class _Recent:
 
         k, v = part(self.k_exact, 2), part(self.v_exact, 2)
         return Block(
-            self.a.k_codec.quantize(k, self.a.k_params),
-            self.a.v_codec.quantize(v, self.a.v_params),
+            self.a.k_codec.quantize(k, self.a.k_params) if "k" in sides else None,
+            self.a.v_codec.quantize(v, self.a.v_params) if "v" in sides else None,
             self.start + n * T,
             part(self.in_blocks, 2),
             part(self.k_stored, 2),

@@ -35,6 +35,10 @@ class RotatedCodec(AbstractCodec):
                 f"`inner` = {self.inner.describe()} has fitted constants, which calibration fits to keys and values as "
                 "they are; rotate a codec without them."
             )
+        if self.inner.reads_in_part:
+            raise ValueError(
+                f"`inner` = {self.inner.describe()} is read by channel, which rotation makes alike; use it as it is."
+            )
         object.__setattr__(self, "pre_rope", self.inner.pre_rope)
 
     @property

@@ -27,12 +27,13 @@ def test_report(main, tmp_path, capsys):
     out = capsys.readouterr()
     figures = json.loads(report.read_text())
     assert list(figures) == [
-        "text", "quant", "bits_per_element", "cache_bytes", "bf16_bytes", "prefill_tokens_per_s",
-        "decode_tokens_per_s", "path", "platform", "versions",
+        "text", "quant", "bits_per_element", "bits_read_per_element", "cache_bytes", "bf16_bytes",
+        "prefill_tokens_per_s", "decode_tokens_per_s", "path", "platform", "versions",
     ]  # fmt: skip
     assert out.out == f"The sea{figures['text']}\n" and figures["text"]
     assert decode._next_token._cache_size() - compiled <= 1  # nothing is compiled while tokens are timed
     assert figures["bits_per_element"] == 4.25  # 4-bit codes and 32 bits per token of 128 channels
+    assert figures["bits_read_per_element"] is None  # everything is read
     assert "4.25 bits per element" in out.err and "reference (chunked jnp)" in out.err
 
 
