@@ -20,40 +20,19 @@ The queries of a long call choose by themselves, each as a decode step at its po
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kvjax import attention, reads
+from kvjax.aligned_parts import Block, Recent, by_criterion, contract, dot, mix, to_rank
 from kvjax.attention import Mode, NewTokens, Partial, Queries
 from kvjax.cache import KVCache, Segment
 from kvjax.codecs import align
-from kvjax.codecs.planes import AlignedCodec, PlanesCodec
-from kvjax.writing import span
+from kvjax.codecs.planes import PlanesCodec
 
 RESIDUES = 32  # tokens of the paper's estimate
-
-
-class Block(NamedTuple):
-    """T tokens of every row, sealed or as if they were.
-
-    Attributes:
-      k, v: unpacked blocks of the codecs, leaves `[B, ...]`; None where not asked for.
-      start: `[B]` number of the first token, counted from behind the sinks.
-      seen: `[B, S, T]`, pairs of query and token that this block answers for.
-      k_stored, v_stored: those that see the key, or the value, as stored.
-      k_exact, v_exact: `[B, K, T, H]` for the pairs that do not; None where there are none.
-    """
-
-    k: Any
-    v: Any
-    start: jax.Array
-    seen: jax.Array
-    k_stored: jax.Array
-    v_stored: jax.Array
-    k_exact: Any = None
-    v_exact: Any = None
 
 
 def attend(
@@ -78,7 +57,7 @@ class _Attention:
             jax.tree.map(lambda p: p[layer], params) for params in (segment.k_params, segment.v_params)
         )
         self.counted = (qs.position < qs.total[:, None])[:, :, None]  # queries beyond a row's tokens read nothing
-        self.recent = _Recent(self)
+        self.recent = Recent(self)
 
     def run(self) -> tuple[Partial, jax.Array]:
         part = attention._sinks(self.cache, self.segment, self.layer, self.qs, self.new, self.mode)
@@ -89,7 +68,7 @@ class _Attention:
         self.v_extent = self._running("v", self.v_codec)
         self.largest = self._largest()
         counts = self._count_running()
-        if not _by_criterion(self.v_codec):
+        if not by_criterion(self.v_codec):
             return self._blocks(self._online, (part, counts))
         first = (part.max, part.sum, counts, *self._no_candidates())
         top, total, counts, best, token = self._blocks(self._first_pass, first)
@@ -138,7 +117,7 @@ class _Attention:
     def _largest(self) -> Any:
         """The largest value each query sees as stored, `[B, K, S]`: the unit of the values' budget."""
         codec = self.v_codec
-        if not codec.reads_in_part or _by_criterion(codec):
+        if not codec.reads_in_part or by_criterion(codec):
             return None
 
         def largest(block: Any) -> jax.Array:
@@ -157,7 +136,7 @@ class _Attention:
             seen = getattr(block, f"{name}_stored").any(-1)
 
             def larger(now: jax.Array, m: jax.Array) -> jax.Array:
-                return jnp.maximum(now, jnp.where(_to_rank(seen, m.ndim + 1), m[:, None], 0).astype(now.dtype))
+                return jnp.maximum(now, jnp.where(to_rank(seen, m.ndim + 1), m[:, None], 0).astype(now.dtype))
 
             return jax.tree.map(larger, carry, measure(getattr(block, name)))
 
@@ -172,13 +151,13 @@ class _Attention:
         q, codec, level = self.qs.rotated, self.k_codec, None
         if codec.reads_in_part:
             level = self._key_levels(block)
-            scores = _contract("bkgsh,bkth->bkgst", q, codec, block.k, level, -2)
+            scores = contract("bkgsh,bkth->bkgst", q, codec, block.k, level, -2)
         else:
             k = codec.dequantize(block.k, self.k_params).astype(self.cache.dtype)
             position = self.cache.sinks + block.start[:, None] + jnp.arange(k.shape[2], dtype=jnp.int32)[None]
-            scores = _dot(q, self.rotate(k, position))
+            scores = dot(q, self.rotate(k, position))
         if block.k_exact is not None:
-            scores = jnp.where(block.k_stored[:, None, None], scores, _dot(q, block.k_exact))
+            scores = jnp.where(block.k_stored[:, None, None], scores, dot(q, block.k_exact))
         if counts is not None:
             # What is read entirely is counted along with its other half.
             tokens = ((block.v_stored if level is None else block.k_stored) & self.counted).sum(-1)
@@ -250,12 +229,12 @@ class _Attention:
         stored = jnp.where(block.v_stored[:, None, None], p, 0.0)
         if codec.reads_in_part:
             level = self._value_levels(block, probability)
-            acc = acc + _contract("bkgst,bkth->bkgsh", stored, codec, block.v, level, -1)
+            acc = acc + contract("bkgst,bkth->bkgsh", stored, codec, block.v, level, -1)
         else:
             v = codec.dequantize(block.v, self.v_params).astype(self.cache.dtype)
-            acc = acc + _mix(stored, v.astype(jnp.float32))
+            acc = acc + mix(stored, v.astype(jnp.float32))
         if block.v_exact is not None:
-            acc = acc + _mix(p - stored, block.v_exact)
+            acc = acc + mix(p - stored, block.v_exact)
         seen = (block.k_stored if level is None else block.v_stored) & self.counted
         heads, head_dim = self.cache.shape.kv_heads, self.cache.shape.head_dim
         needed = jnp.broadcast_to(seen[:, None], (seen.shape[0], heads, *seen.shape[1:])).astype(jnp.int32) * head_dim
@@ -269,7 +248,7 @@ class _Attention:
         def per_query(x: jax.Array) -> jax.Array:
             return x.swapaxes(1, 2)[:, :, None] if running else x[:, :, None, None]
 
-        if _by_criterion(codec):
+        if by_criterion(codec):
             extent = per_query(self.v_extent if running else codec.extent(block.v))
             return align.align_result(codec.read, probability, self.estimate, extent).max(2)
         errors = tuple(e[:, :, None, None] for e in codec.errors(codec.extent(block.v)))
@@ -357,105 +336,3 @@ class _Attention:
             meta_bits, meta_units = reads.whole_bits(dataclasses.replace(storage, planes=()), skip=3)
             bits, unit_bits = bits + seen * meta_bits, unit_bits + seen * meta_units
         return jnp.stack([elements.sum(1), bits.sum(1), unit_bits.sum(1)], -1)
-
-
-class _Recent:
-    """Tokens that are not sealed yet and, in "cached" mode, this call's: exact, and as if sealed to later queries."""
-
-    def __init__(self, a: _Attention):
-        cache, segment, new = a.cache, a.segment, a.new
-        self.a, T = a, cache.block
-        start = cache.recent_start(cache.length)
-        held = jnp.maximum(cache.length - start, 0)
-        extra = new.v.shape[2] if a.mode == "cached" else 0
-        count = -(-(T - 1 + cache.window + extra) // T) * T
-        first_new = jnp.maximum(cache.sinks - cache.length, 0)
-        self.k_exact, self.v_exact = (
-            span(recent[a.layer], x, held, first_new, 0, count)
-            for recent, x in ((segment.k_recent, new.k_stored), (segment.v_recent, new.v))
-        )
-        end = cache.length + (new.counts if a.mode == "cached" else 0)
-        self.position = start[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
-        query, token = a.qs.position[:, :, None], self.position[:, None, :]
-        visible = attention._in_window(cache.shape, query, token) & (self.position < end[:, None])[:, None]
-        stored = (
-            attention._seen_stored(cache, codec, window, query, token)
-            for codec, window in ((a.k_codec, cache.k_window), (a.v_codec, cache.v_window))
-        )
-        self.k_stored, self.v_stored = (visible if mask is None else visible & mask for mask in stored)
-        self.in_blocks = self.v_stored | (self.k_stored if a.k_codec.reads_in_part else False)
-        self.before = visible & ~self.in_blocks
-        self.start = start - cache.sinks
-        in_blocks = self.in_blocks.any((0, 1)).reshape(-1, T).any(-1)
-        self.blocks = jnp.where(in_blocks, jnp.arange(1, count // T + 1), 0).max()
-
-    def exact_part(self) -> Partial:
-        """Attention over the pairs that see the value exactly, and the key too unless it is read entirely."""
-        a, q = self.a, self.a.qs.rotated
-        scores = _dot(q, a.rotate(self.k_exact, self.position))
-        if not a.k_codec.reads_in_part:
-            B, K, count, H = self.k_exact.shape
-            blocks = self.k_exact.reshape(B, K, -1, a.cache.block, H).swapaxes(1, 2)
-            stored = (
-                a.k_codec.roundtrip(blocks, a.k_params).swapaxes(1, 2).reshape(B, K, count, H).astype(a.cache.dtype)
-            )
-            scores = jnp.where(self.k_stored[:, None, None], _dot(q, a.rotate(stored, self.position)), scores)
-        p, top, total = attention._softmax_part(scores, self.before)
-        return Partial(_mix(p, self.v_exact.astype(jnp.float32)), top, total)
-
-    def block(self, n: jax.Array, sides: str) -> Block:
-        T = self.a.cache.block
-
-        def part(x: jax.Array, axis: int) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, n * T, T, axis)
-
-        k, v = part(self.k_exact, 2), part(self.v_exact, 2)
-        return Block(
-            self.a.k_codec.quantize(k, self.a.k_params) if "k" in sides else None,
-            self.a.v_codec.quantize(v, self.a.v_params) if "v" in sides else None,
-            self.start + n * T,
-            part(self.in_blocks, 2),
-            part(self.k_stored, 2),
-            part(self.v_stored, 2),
-            self.a.rotate(k, part(self.position, 1)),
-            v.astype(jnp.float32),
-        )
-
-
-def _by_criterion(codec: Any) -> bool:
-    return codec.reads_in_part and codec.read.mode == "criterion"
-
-
-def _dot(q: jax.Array, k: jax.Array) -> jax.Array:
-    return jnp.einsum("bkgsh,bkth->bkgst", q, k, preferred_element_type=jnp.float32)
-
-
-def _mix(p: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.einsum("bkgst,bkth->bkgsh", p, v, preferred_element_type=jnp.float32)
-
-
-def _to_rank(x: jax.Array, rank: int) -> jax.Array:
-    return x.reshape(x.shape + (1,) * (rank - x.ndim))
-
-
-def _contract(
-    equation: str, x: jax.Array, codec: AlignedCodec, block: Any, level: jax.Array, shared_axis: int
-) -> jax.Array:
-    """`einsum(equation, x, values)`, where `level[B, K, S, R]` says how much each row of the block is read.
-
-    Args:
-      x: `[B, K, G, S, R]`, contracted with the rows.
-      shared_axis: of the values `[B, K, T, H]`, along which a row lies.
-    """
-    faces = [codec.read_at(block, i) for i in range(1, len(codec.widths))]
-    if level.shape[2] == 1:  # a decode step: one level per row, one product
-        level = jnp.expand_dims(level[:, :, 0], shared_axis)
-        values = jnp.select([level == i for i in range(1, len(faces))], faces[:-1], faces[-1])
-        values = jnp.where(level == 0, 0.0, values)
-        return jnp.einsum(equation, x, values, preferred_element_type=jnp.float32)
-    level = level[:, :, None]
-    parts = [
-        jnp.einsum(equation, jnp.where(level == i, x, 0.0), face, preferred_element_type=jnp.float32)
-        for i, face in enumerate(faces, start=1)
-    ]
-    return sum(parts[1:], parts[0])

@@ -125,7 +125,7 @@ def show(report: dict, console: Console, cache: kvjax.KVCache, compile_s: float,
     table = Table(show_header=False, box=None, pad_edge=False)
     rows = {
         "preset": f"{report['quant']}: {report['bits_per_element']:.2f} bits per element, as stored",
-        "read": f"{read['all']:.2f} of them per step (keys {read['keys']:.2f}, values {read['values']:.2f}; in units of "
+        "read": f"{read['all']:.2f} of them a step (keys {read['keys']:.2f}, values {read['values']:.2f}; in units of "
         f"64 bytes {read['all_units']:.2f})"
         if (read := bits_read(cache))
         else "all of them",
