@@ -153,7 +153,7 @@ PRESETS: dict[str, Preset] = {
     "kivi3": kivi(3),
     "kivi2": kivi(2),
     "kivi1": kivi(1),
-    "kivi4-aligned": aligned_kivi(4, AlignRule("rms", 2.0**-2), AlignRule("rms", 2.0**-6, skip=True)),
+    "kivi4-aligned": aligned_kivi(4, AlignRule("rms", 2.0**-3), AlignRule("rms", 2.0**-7, skip=True)),
     "alignedkv": aligned(AlignRule(scope="running"), AlignRule(scope="running")),
     "alignedkv-budget": aligned(AlignRule("rms", 2.0**-2), AlignRule("rms", 2.0**-6, skip=True), sinks=1),
     "alignedkv-worst": aligned(AlignRule("worst", 2.0**-2), AlignRule("worst", 2.0**-6, skip=True), sinks=1),
