@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax import decode
-from kvjax.codecs import AffineCodec, AlignRule, IdentityCodec, IntPlanesCodec, PlanesCodec
+from kvjax.codecs import AffineCodec, AlignRule, IdentityCodec, IntPlanesCodec, NUQChannelCodec, PlanesCodec
 from kvjax.model.config import ModelConfig
 from kvjax.model.forward import forward
 from kvjax.model.rope import cos_sin, make_rope, rotate
@@ -259,9 +259,9 @@ def recorded(n, G, seed=0):
     )
 
 
-def feed(preset, k, v, q, sizes, lengths, G, most=None):
+def feed(preset, k, v, q, sizes, lengths, G, most=None, sliding_window=None):
     """Outputs `[L, B, n, K*G, H]` and the cache after calls padded to `sizes`, of at most `most` tokens of each row."""
-    shape = decode.CacheShape(L, K * G, K, H, make_rope(H, 2048))
+    shape = decode.CacheShape(L, K * G, K, H, make_rope(H, 2048), sliding_window)
     policy = make_policy(preset, L, K, H)
     cache = decode.init_cache(shape, policy, batch=B, capacity=k.shape[2] + T, block=T)
     done, outputs = np.zeros(B, int), np.zeros(q.shape)
@@ -336,6 +336,21 @@ def test_the_worst_case_budget_is_never_exceeded(seed, spread):
                 allowed = 2.0**-7 * 2 * largest[h] + np.expm1(2 * 2.0**-5) * largest[h]
                 # Tokens that are not sealed yet were compared as float16 but used as float32: 2^-11 of them.
                 assert np.abs(out[0, b, i, head] - wanted).max() <= allowed + 4e-3 * largest[h]
+
+
+def test_beside_keys_before_rope_a_sliding_window_and_runs_of_blocks():
+    """KVQuant's keys beside planes that are read entirely: what the general path gives with float32 values."""
+    keys = NUQChannelCodec(bits=3, outliers=0.01, pre_rope=True)
+    lengths = np.array([140, 100, 33])
+    k, v, q = recorded(140, 2)
+    v = v.astype(np.float16).astype("f4")
+    out = []
+    for values in (PlanesCodec("channels", AlignRule("worst", 1e-9)), IdentityCodec("float32")):
+        preset = Preset(keys, values, sinks=1, v_window=2 * T)
+        got, cache = feed(preset, k, v, q, [50] * 3, lengths, 2, sliding_window=70)
+        out.append(got)
+        assert cache.window == 2 * T if values.token_local else T
+    np.testing.assert_allclose(*out, atol=1e-5)
 
 
 def test_crop_and_fork_carry_the_counters_and_other_methods_have_none():
