@@ -28,10 +28,12 @@ def perplexity_table(results: Sequence[perplexity.Result], text: Text) -> Table:
         "no slot",
         "seconds",
     )
-    for column in columns:
+    some_read = any(result.bits_read is not None for result in results)
+    for column in columns + ("bits read",) * some_read:
         table.add_column(column, justify="left" if column == "quant" else "right", no_wrap=True)
     for result in results:
-        table.add_row(result.quant, *_numbers(result, results[0], text), _share(result), f"{result.seconds:.1f}")
+        read = ["-" if result.bits_read is None else f"{result.bits_read:.3f}"] * some_read
+        table.add_row(result.quant, *_numbers(result, results[0], text), _share(result), f"{result.seconds:.1f}", *read)
     return table
 
 

@@ -61,8 +61,8 @@ class PrefillAndSteps:
         self._dropped += sum(int(np.asarray(segment.dropped)[:, :rows].sum()) for segment in cache.segments)
         sealed = int(np.asarray(cache.sealed(cache.length))[:rows].sum()) * cache.block
         self._elements += 2 * sealed * config.layers * config.kv_heads * config.head_dim
-        if (read := bits_read(cache)) is not None:
-            self._read.append((read, rows))
+        if (read := decode.bits_read(cache)) is not None:
+            self._read.append((read["all"], rows))
         return logits
 
     @property
@@ -98,8 +98,3 @@ class Kept:
     @property
     def bits_read(self) -> float | None:
         return self._runner.bits_read
-
-
-def bits_read(cache: decode.KVCache) -> float | None:
-    """Bits per element that attention has read of `cache`, where its storage need not be read whole; else None."""
-    return None
