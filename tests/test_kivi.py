@@ -14,7 +14,7 @@ from kvjax.model.rope import make_rope
 from kvjax.presets import kivi, named
 
 K, G, H, T, R, GROUP = 2, 2, 16, 32, 32, 8
-PROMPTS, STEPS = 2 * R + 7, R + 9  # prompts of 1 to 71 tokens, a row each, then 41 steps
+PROMPTS, STEPS = (*range(1, R + 7), *range(2 * R - 2, 2 * R + 3)), R + 9  # prompts in tokens, a row each
 SHAPE = decode.CacheShape(1, K * G, K, H, make_rope(H, 256))
 
 
@@ -80,17 +80,17 @@ def rotated(x):
 @pytest.mark.parametrize("bits", [2, 4])
 def test_every_prompt_length_and_step(bits):
     rng = np.random.default_rng(bits)
-    n = PROMPTS + STEPS
+    n = PROMPTS[-1] + STEPS
     k, v = rng.normal(size=(2, n, K, H)).astype(np.float32)
     q = rng.normal(size=(n, K * G, H)).astype(np.float32)
     policy = make_policy(kivi(bits, GROUP, R), 1, K, H)
-    cache = decode.init_cache(SHAPE, policy, batch=PROMPTS, capacity=n, block=T)
+    cache = decode.init_cache(SHAPE, policy, batch=len(PROMPTS), capacity=n, block=T)
 
     def rows(x, at):  # [B, 1, ...]: row b's token at[b]
         return x[at][:, None]
 
-    lengths = np.arange(1, PROMPTS + 1)
-    whole = [np.broadcast_to(x[:PROMPTS], (PROMPTS, PROMPTS, *x.shape[1:])) for x in (k, v)]
+    lengths = np.array(PROMPTS)
+    whole = [np.broadcast_to(x[: PROMPTS[-1]], (len(PROMPTS), PROMPTS[-1], *x.shape[1:])) for x in (k, v)]
     cache = decode.advance(decode.append(cache, 0, *whole, lengths), lengths)
 
     k_rot, q_rot = rotated(k), rotated(q)
@@ -110,7 +110,7 @@ def test_every_prompt_length_and_step(bits):
         at = lengths + i
         out, cache = step(cache, rows(k, at), rows(v, at), rows(q, at))
         out = np.asarray(out)[:, 0]
-        for row in range(PROMPTS):
+        for row in range(len(PROMPTS)):
             total = int(at[row]) + 1
             by_length.setdefault(total, []).append(out[row])
             for head in range(K * G):
