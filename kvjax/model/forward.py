@@ -75,11 +75,20 @@ def forward_with_kv(model: LoadedModel, tokens, probe=None) -> tuple[jax.Array, 
     Returns:
       logits `[B, S, V]` float32; k and v, each `[L, B, S, K, H]` in the model's dtype.
     """
-    logits, (k, v) = _forward_jit(model, tokens, probe, None, True)
+    logits, (k, v) = _forward_jit(model, tokens, probe, None, "kv")
     return logits, k, v
 
 
-def _forward(model, tokens, probe=None, kv_map=None, keep_kv: bool = False):
+def queries_keys_values(model: LoadedModel, tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What attention works on in all layers, before the rotary embedding.
+
+    Returns:
+      q `[L, B, S, K, G, H]`, k and v `[L, B, S, K, H]` in the model's dtype.
+    """
+    return _forward_jit(model, tokens, None, None, "qkv")[1]
+
+
+def _forward(model, tokens, probe=None, kv_map=None, keep: str = ""):
     llama, config = model.module(), model.config
     length = tokens.shape[1]
     positions = jnp.arange(length)[None]
@@ -91,7 +100,7 @@ def _forward(model, tokens, probe=None, kv_map=None, keep_kv: bool = False):
         q, k, v = llama.qkv(layer, x)
         if probe_of_layer is not None:
             k, v = k + probe_of_layer[0].astype(k.dtype), v + probe_of_layer[1].astype(v.dtype)
-        kept = (k, v) if keep_kv else None
+        kept = {"": None, "kv": (k, v), "qkv": (q, k, v)}[keep]
         rotated = False
         if kv_map is not None:
             k, v, rotated = kv_map(layer, k, v)
@@ -104,7 +113,7 @@ def _forward(model, tokens, probe=None, kv_map=None, keep_kv: bool = False):
     return llama.logits(x), kept
 
 
-_forward_jit = jax.jit(_forward, static_argnames=("kv_map", "keep_kv"))
+_forward_jit = jax.jit(_forward, static_argnames=("kv_map", "keep"))
 
 
 def _attention(q, k, v, positions, sliding_window) -> jax.Array:
