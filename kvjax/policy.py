@@ -43,6 +43,7 @@ class Preset:
         "none".
       overrides: applied in order.
       budget: true bits per element that `kvjax.calibrate.allocate` is to spend over the layers, instead of `overrides`.
+      options: names of presets, among whose keys and values the budget is spent.
     """
 
     keys: AbstractCodec
@@ -53,6 +54,7 @@ class Preset:
     weights: str = "fisher*s2"
     overrides: tuple[Override, ...] = ()
     budget: float | None = None
+    options: tuple[str, ...] = ()
 
     def codecs(self, layers: int, name: str = "") -> list[tuple[AbstractCodec, AbstractCodec]]:
         """The codecs of keys and values of each of a model's `layers` layers; `name` is for the error."""
@@ -175,6 +177,7 @@ def policy(name: str, model: Any, calibration: Any = None, text: Any = None, pro
 
     A preset with fitted constants takes them from `calibration`, else from `calibration/NAME.safetensors` in the
     model's directory, else from the user's cache; where there is none it calibrates now and keeps the result there.
+    The bits that asymkv-auto gives each layer are found in the same way, in NAME.json.
 
     Args:
       name: of a preset, as in "kvquant3".
@@ -192,7 +195,8 @@ def policy(name: str, model: Any, calibration: Any = None, text: Any = None, pro
     if chosen.budget is not None:
         from kvjax.calibrate.allocate import allocated
 
-        chosen = allocated(model, name, chosen, text=text, progress=progress)
+        chosen = allocated(model, name, chosen, calibration=calibration, text=text, progress=progress)
+        calibration = None
     if not chosen.needs_params:
         return bind(name, chosen, layers)
     pairs = chosen.codecs(layers, name)

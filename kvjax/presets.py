@@ -9,6 +9,7 @@
 | asymkv-LK-LV | KIVI, 2 bits for the keys of the first LK layers and the values of LV, else 1 | arXiv 2410.13212 |
 | asymkv-HI/LO-LK-LV | the same with other widths | |
 | asymkv-auto@BITS | bits per layer and tensor, spent where measurement says; BITS true bits per element | |
+| asymkv-auto-HI/LO@BITS | the same with two widths only, as asymkv-HI/LO-LK-LV | |
 | fp8, fp8-e5m2 | 8-bit floats with a scale per token | arXiv 2209.05433 |
 | int8, 4, 3, 2; nf4, 3, 2 | one range per token over the kv width, keys after RoPE | arXiv 2401.18079, Table 1 |
 | atom4, 3, 2 | per token in groups of 128 channels (of the head, where it is smaller) | arXiv 2310.19102 |
@@ -19,7 +20,8 @@
 | bf16, f16, f32 | uncompressed | |
 
 Suffixes of the KIVI and AsymKV families, in this order: -gN group, -wN window (KIVI's R), -eta or -twomean levels
-(`kvjax.codecs.affine`; -twomean: two means at 1 bit), -m8 scales and zeros in 8 bits. NAME-rot rotates keys and values
+(`kvjax.codecs.affine`; -twomean: two means at 1 bit), -m8 scales and zeros in 8 bits. asymkv-auto without HI/LO chooses
+among 1, 2 and 4 bits, and among groups and levels where no suffix settles them. NAME-rot rotates keys and values
 (`kvjax.codecs.rotated`). A:B takes the keys of A and the values of B. A name that ends in .toml is a file
 (`kvjax.policy_file`).
 """
@@ -124,6 +126,47 @@ def asymkv(
     )
 
 
+def auto(
+    budget: float,
+    widths: tuple[int, ...] | None = None,
+    group: int | None = None,
+    window: int = 128,
+    levels: Levels | None = None,
+    meta: Meta = "float16",
+) -> Preset:
+    """AsymKV with `budget` true bits per element, spent by measured sensitivity (`kvjax.calibrate.allocate`).
+
+    Args:
+      widths: of codes; None: 1, 2 and 4.
+      group, levels: None: as `widths` has them in AsymKV (32, minmax) where it is given; else groups of 32 and 128, and
+        levels inside the extremes (two means at 1 bit, eta at 2) as well as minmax, which keeps outliers.
+    """
+    free = widths is None
+    groups = (group,) if group else (128, 32) if free and window % 128 == 0 else (32,)
+    options = []
+    for bits in sorted(widths or (1, 2, 4)):
+        forms: tuple[Levels, ...] = ("minmax",)
+        if levels == "eta":
+            forms = ("eta",)
+        elif bits == 1 and levels == "two_mean":
+            forms = ("two_mean",)
+        elif bits < 3 and free and levels is None:
+            forms = ("two_mean" if bits == 1 else "eta", "minmax")
+        options += [kivi_name(bits, size, window, form, meta) for size in groups for form in forms]
+    return dataclasses.replace(named(options[0]), budget=budget, options=tuple(options))
+
+
+def kivi_name(bits: int, group: int = 32, window: int = 128, levels: Levels = "minmax", meta: Meta = "float16") -> str:
+    """The name of a member of the KIVI family, without the suffixes that say what goes without saying."""
+    parts = (
+        f"-g{group}" if group != 32 else "",
+        f"-w{window}" if window != 128 else "",
+        {"minmax": "", "eta": "-eta", "two_mean": "-twomean"}[levels],
+        "-m8" if meta == "int8" else "",
+    )
+    return f"kivi{bits}{''.join(parts)}"
+
+
 def kivi(bits: int, group: int = 32, window: int = 128, levels: Levels = "minmax") -> Preset:
     """KIVI at `bits` bits (arXiv 2402.02750, section 3)."""
     return asymkv(bits, bits, 0, 0, group, window, levels)
@@ -174,7 +217,7 @@ PRESETS: dict[str, Preset] = {
 _SUFFIXES = r"(?:-g(?P<group>\d+))?(?:-w(?P<window>\d+))?(?:-(?P<levels>eta|twomean))?(?P<meta>-m8)?"
 _KIVI = re.compile(r"kivi(?P<early>\d)" + _SUFFIXES)
 _ASYMKV = re.compile(r"asymkv-(?:(?P<early>\d)/(?P<late>\d)-)?(?P<keys>\d+)-(?P<values>\d+)" + _SUFFIXES)
-_AUTO = re.compile(r"asymkv-auto@(?P<budget>\d+(?:\.\d+)?)" + _SUFFIXES)
+_AUTO = re.compile(r"asymkv-auto(?:-(?P<early>\d)/(?P<late>\d))?@(?P<budget>\d+(?:\.\d+)?)" + _SUFFIXES)
 
 
 def named(name: str) -> Preset:
@@ -189,9 +232,11 @@ def named(name: str) -> Preset:
         return PRESETS[name]
     if name.endswith("-rot"):
         return rotated(named(name.removesuffix("-rot")))
-    for pattern, early, late in ((_KIVI, 2, None), (_ASYMKV, 2, 1), (_AUTO, 2, 1)):
+    for pattern, early, late in ((_KIVI, 2, None), (_ASYMKV, 2, 1)):
         if found := pattern.fullmatch(name):
             return _asymkv_family(found.groupdict(), early, late)
+    if found := _AUTO.fullmatch(name):
+        return _auto(found.groupdict())
     near = difflib.get_close_matches(name, PRESETS, n=4, cutoff=0.5) or ["kvquant3", "kivi2", "int4", "fp8", "bf16"]
     raise ValueError(
         f"`quant={name}` is not a preset; the nearest are {', '.join(near)}, and there are asymkv-LK-LV, "
@@ -202,15 +247,25 @@ def named(name: str) -> Preset:
 def _asymkv_family(fields: dict[str, str | None], early: int, late: int | None) -> Preset:
     early = int(fields["early"] or early) if "early" in fields else early
     late = early if late is None else int(fields.get("late") or late)
-    levels: Levels = {None: "minmax", "eta": "eta", "twomean": "two_mean"}[fields["levels"]]  # type: ignore[assignment]
-    if levels == "two_mean" and 1 not in (early, late):
-        raise ValueError("`quant`: -twomean is of 1-bit codes; use -eta at other widths.")
-    preset = asymkv(
+    levels: Levels = _levels(fields, (early, late)) or "minmax"
+    return asymkv(
         early, late, int(fields.get("keys") or 0), int(fields.get("values") or 0),
         int(fields["group"] or 32), int(fields["window"] or 128), levels, "int8" if fields["meta"] else "float16",
     )  # fmt: skip
-    budget = fields.get("budget")
-    return dataclasses.replace(preset, budget=float(budget)) if budget else preset
+
+
+def _auto(fields: dict[str, str | None]) -> Preset:
+    widths = (int(fields["early"] or 0), int(fields["late"] or 0)) if fields["early"] else None
+    group = int(fields["group"]) if fields["group"] else None
+    levels = _levels(fields, widths or (1,))
+    meta: Meta = "int8" if fields["meta"] else "float16"
+    return auto(float(fields["budget"] or 0), widths, group, int(fields["window"] or 128), levels, meta)
+
+
+def _levels(fields: dict[str, str | None], widths: tuple[int, ...]) -> Levels | None:
+    if fields["levels"] == "twomean" and 1 not in widths:
+        raise ValueError("`quant`: -twomean is of 1-bit codes; use -eta at other widths.")
+    return {None: None, "eta": "eta", "twomean": "two_mean"}[fields["levels"]]
 
 
 def pair(keys: str, values: str) -> Preset:

@@ -167,6 +167,8 @@ def _settings(model: LoadedModel, name: str, preset: Preset) -> dict[str, Tensor
 
 def _codecs(name: str, preset: Preset) -> dict[str, NUQChannelCodec | NUQTokenCodec]:
     """The codecs of keys and values, which are of the kinds that calibration knows."""
+    if preset.budget is not None:
+        raise ValueError(f"`quant={name}` has bits to be allocated, not constants: use scripts/allocate.py auto.")
     if not preset.needs_params:
         raise ValueError(f"`quant={name}` needs no calibration: use it as it is.")
     if not (isinstance(preset.keys, NUQChannelCodec) and isinstance(preset.values, NUQTokenCodec)):
