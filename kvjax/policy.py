@@ -125,9 +125,9 @@ class Policy:
                     )
 
 
-# Consecutive layers of one codec pair make a segment, up to so many. Beyond, all layers of a pair make one: compile
-# time follows the number of segments.
-MAX_RUNS = 8
+# Consecutive layers of one codec pair make a segment where there are so few of them (AsymKV has at most three). Beyond,
+# all layers of a pair make one: compile time follows the number of segments (`scripts/bench_compile.py`).
+MAX_RUNS = 3
 
 
 def bind(name: str, preset: Preset, layers: int, k_params: Any = None, v_params: Any = None) -> Policy:

@@ -89,8 +89,8 @@ def test_a_toml_file_is_a_preset(tmp_path):
     ]  # fmt: skip
     tiny = kvjax.load("tiny")
     policy = kvjax.policy(str(path), tiny)  # constants of two calibrations, each for its layers
-    shapes = [s.k_params["levels"].shape for s in policy.segments]
-    assert shapes == [(1, 16), (1, 8), (2, 8), (1, 16)]
+    shapes = {s.layer_ids: s.k_params["levels"].shape for s in policy.segments}
+    assert shapes == {(0, 4): (2, 16), (1,): (1, 8), (2, 3): (2, 8)}
     wanted = kvjax.policy("kvquant3", tiny).segments[0].k_params["levels"][2:4]
     np.testing.assert_array_equal(policy.segments[2].k_params["levels"], wanted)
 
