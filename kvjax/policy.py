@@ -200,9 +200,11 @@ def policy(name: str, model: Any, calibration: Any = None, text: Any = None, pro
     if not chosen.needs_params:
         return bind(name, chosen, layers)
     pairs = chosen.codecs(layers, name)
-    if chosen.overrides or not (chosen.keys.needs_params and chosen.values.needs_params):
+    if not is_builtin(name):  # a mix, or a file: what it takes from built-in methods is fitted under their names
         if calibration is not None:
-            raise ValueError(f"`calibration` goes with one method, but `quant={name}` mixes several; leave it out.")
+            raise ValueError(
+                f"`calibration` is of a built-in preset, but `quant={name}` is made of others; leave it out."
+            )
         k_params, v_params = (
             {
                 c: _of_builtin(c, side, model, text, progress)[side]
@@ -215,9 +217,15 @@ def policy(name: str, model: Any, calibration: Any = None, text: Any = None, pro
     return bind(name, chosen, layers, *_calibrated(name, chosen, model, calibration, text, progress))
 
 
+def is_builtin(name: str) -> bool:
+    from kvjax.presets import PRESETS  # as in `preset`
+
+    return name in PRESETS
+
+
 def _of_builtin(codec: AbstractCodec, side: int, model: Any, text: Any, progress: bool) -> tuple[Any, Any]:
     """The fitted constants of the built-in preset that stores keys (side 0) or values (1) with `codec`."""
-    from kvjax.presets import PRESETS
+    from kvjax.presets import PRESETS  # as in `preset`
 
     for name, found in PRESETS.items():
         if (found.keys, found.values)[side] == codec:

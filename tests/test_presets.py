@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import kvjax
+from kvjax.calibrate import preset as calibration
 from kvjax.codecs import AffineCodec, RotatedCodec
 from kvjax.policy import bind, preset
 from kvjax.presets import PRESETS
@@ -61,7 +62,7 @@ def test_a_pair_with_fitted_halves_finds_their_calibrations():
     fitted = kvjax.policy("kvquant4", tiny).segments[0]
     np.testing.assert_array_equal(segment.k_params["scale"], fitted.k_params["scale"])
     assert segment.v_params is None and (policy.sinks, policy.k_window, policy.v_window) == (1, 0, 129)
-    with pytest.raises(ValueError, match="`calibration` goes with one method"):
+    with pytest.raises(ValueError, match="`calibration` is of a built-in preset"):
         kvjax.policy("kvquant4:kivi2", tiny, calibration="x.safetensors")
 
 
@@ -93,6 +94,18 @@ def test_a_toml_file_is_a_preset(tmp_path):
     assert shapes == {(0, 4): (2, 16), (1,): (1, 8), (2, 3): (2, 8)}
     wanted = kvjax.policy("kvquant3", tiny).segments[0].k_params["levels"][2:4]
     np.testing.assert_array_equal(policy.segments[2].k_params["levels"], wanted)
+
+
+def test_a_file_with_other_windows_takes_the_fitted_constants_of_its_preset(tmp_path, monkeypatch):
+    path = tmp_path / "window.toml"
+    path.write_text("quant = 'kvquant2'\nk_window = 128\nv_window = 128")
+    monkeypatch.setattr(calibration, "calibrate", None)
+    tiny = kvjax.load("tiny")
+    policy, plain = (kvjax.policy(name, tiny) for name in (str(path), "kvquant2"))
+    assert (policy.sinks, policy.k_window, policy.v_window) == (1, 128, 128)
+    for name in ("k_params", "v_params"):
+        ours, theirs = (getattr(p.segments[0], name)["levels"] for p in (policy, plain))
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
