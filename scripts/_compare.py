@@ -58,9 +58,10 @@ def run(args: argparse.Namespace, command: str) -> int:
         can_plot = True
     except ValueError:
         can_plot = False
-        tell("plots need matplotlib, which is missing: all else is written; pip install 'kvjax[plots]'")
     model = kvjax.load(args.model, args.dtype)
     task, caption = make_task(args, model)
+    if not can_plot:
+        tell("plots need matplotlib, which is missing: all else is written; pip install 'kvjax[plots]'")
     journal = Journal(out / "results.jsonl")
     for note in journal.notes:
         tell(note)
