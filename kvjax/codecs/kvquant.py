@@ -287,7 +287,7 @@ def _token_range(x: jax.Array, slots: int) -> tuple[jax.Array | None, jax.Array,
     if not slots:
         return None, *_stored_range(x.min((-3, -1), keepdims=True), x.max((-3, -1), keepdims=True))
     centre = x.mean((-3, -1), keepdims=True)
-    _, index = jax.lax.top_k(jnp.abs(x - centre), slots)
+    _, index = _largest(jnp.abs(x - centre), slots)
     rest = ~_at(index, x.shape[-1])
     # All channels in slots (fraction 1): the range is empty, and any will do.
     low = jnp.minimum(jnp.where(rest, x, jnp.inf).min((-3, -1), keepdims=True), x.max((-3, -1), keepdims=True))
@@ -297,8 +297,21 @@ def _token_range(x: jax.Array, slots: int) -> tuple[jax.Array | None, jax.Array,
 
 def _outside(x, scale, zero, slots: int) -> tuple[jax.Array, jax.Array]:
     """Channels `[..., K, T, s]` of the elements farthest outside the range, and whether they are outside at all."""
-    distance, index = jax.lax.top_k(jnp.abs((x - zero) / scale), slots)
+    distance, index = _largest(jnp.abs((x - zero) / scale), slots)
     return index, distance > 1.0
+
+
+def _largest(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` largest of the last axis and where they are, int32, as `lax.top_k`; a few without its sort."""
+    if count > 4:
+        return jax.lax.top_k(x, count)
+    values, indices = [], []
+    for _ in range(count):
+        index = jnp.argmax(x, axis=-1, keepdims=True).astype(jnp.int32)
+        values.append(jnp.take_along_axis(x, index, axis=-1))
+        indices.append(index)
+        x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == index, -jnp.inf, x)
+    return jnp.concatenate(values, axis=-1), jnp.concatenate(indices, axis=-1)
 
 
 def _at(index: jax.Array, channels: int) -> jax.Array:

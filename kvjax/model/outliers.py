@@ -16,8 +16,8 @@ Perplexity (16 windows of 1024 tokens of wikitext2-test, protocol "all", calibra
 paper's LLaMA-7B (Table 1; there bf16 is fp16, kvquant with 1 % outliers):
 
                 bf16               int4              int3          kvquant4          kvquant3
-    tiny       87.50    87.90 (+0.5 %)    89.65 (+2.5 %)    87.36 (-0.2 %)    87.90 (+0.5 %)
-    rewritten  87.50  109.50 (+25.1 %) 216.85 (+147.8 %)                 -    87.92 (+0.5 %)
+    tiny       87.50    87.95 (+0.5 %)    89.80 (+2.6 %)    87.50 (-0.0 %)    88.03 (+0.6 %)
+    rewritten  87.50  109.89 (+25.6 %) 216.84 (+147.8 %)    87.49 (-0.0 %)    88.12 (+0.7 %)
     LLaMA-7B    5.68     5.98 (+5.3 %)   10.87 (+91.4 %)     5.69 (+0.2 %)     5.75 (+1.2 %)
 
 KVQuant's keys do not notice: ranges are per channel, and the k-means weights Fisher * s^2 are the same at any scale.
