@@ -125,10 +125,7 @@ def show(report: dict, console: Console, cache: kvjax.KVCache, compile_s: float,
     table = Table(show_header=False, box=None, pad_edge=False)
     rows = {
         "preset": f"{report['quant']}: {report['bits_per_element']:.2f} bits per element, as stored",
-        "read": f"{read['all']:.2f} of them a step (keys {read['keys']:.2f}, values {read['values']:.2f}; in units of "
-        f"64 bytes {read['all_units']:.2f})"
-        if (read := bits_read(cache))
-        else "all of them",
+        "read": read_in_part(cache),
         "path": report["path"],
         "cache": f"{report['cache_bytes']:,} bytes for {cache.capacity:,} tokens, sinks and recent tokens included "
         f"(bf16: {report['bf16_bytes']:,})",
@@ -141,6 +138,19 @@ def show(report: dict, console: Console, cache: kvjax.KVCache, compile_s: float,
         table.add_row(name, value)
     console.print()
     console.print(table)
+
+
+def read_in_part(cache: kvjax.KVCache) -> str:
+    """What decode steps read of the bits that are stored."""
+    if all(segment.reads is None for segment in cache.segments):
+        return "all of them"
+    read = bits_read(cache)
+    if read is None:
+        return "nothing yet: no block was full"
+    return (
+        f"{read['all']:.2f} of them a step (keys {read['keys']:.2f}, values {read['values']:.2f}; in units of "
+        f"64 bytes {read['all_units']:.2f})"
+    )
 
 
 if __name__ == "__main__":
