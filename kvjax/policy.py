@@ -239,16 +239,24 @@ def _calibrated(name: str, chosen: Preset, model: Any, calibration: Any, text: A
 
     if text is not None:
         return calibrate.calibrate(model, name, chosen, text=text, progress=progress).params
-    cached = cache_directory() / model.fingerprint[:16] / f"{name}.safetensors"
-    # What lies beside a model's files was fitted to the weights in them, not to others that were put in their place.
-    shipped = Path(model.path) / "calibration" / cached.name if model.path and model.file_fingerprint else cached
-    path = calibration or next((p for p in (shipped, cached) if p.is_file()), None)
-    if path is not None:
+    path, cached = fitted_file(model, f"{name}.safetensors")
+    if path := calibration or path:
         return calibrate.load(path, model, name, chosen).params
     found = calibrate.calibrate(model, name, chosen, progress=progress)
     cached.parent.mkdir(parents=True, exist_ok=True)
     calibrate.save(cached, found)
     return found.params
+
+
+def fitted_file(model: Any, file_name: str) -> tuple[Path | None, Path]:
+    """What was fitted to a model: the file that is there (None if none is), and where to keep a new one.
+
+    `calibration/FILE_NAME` in the model's directory comes first, the user's cache second.
+    """
+    cached = cache_directory() / model.fingerprint[:16] / file_name
+    # What lies beside a model's files was fitted to the weights in them, not to others that were put in their place.
+    shipped = Path(model.path) / "calibration" / file_name if model.path and model.file_fingerprint else cached
+    return next((path for path in (shipped, cached) if path.is_file()), None), cached
 
 
 def cache_directory() -> Path:

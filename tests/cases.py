@@ -14,6 +14,10 @@ from kvjax.codecs import (
     PlanesCodec,
     RotatedCodec,
 )
+from kvjax.model.config import ModelConfig
+from kvjax.model.llama import LoadedModel
+from kvjax.model.rope import make_rope
+from kvjax.model.weights import init_random
 from kvjax.policy import Policy, Preset, bind
 
 CODEC_CASES: dict[str, AbstractCodec] = {
@@ -78,3 +82,16 @@ def random_kv(rng: np.random.Generator, *shape: int) -> np.ndarray:
     """Gaussian channels of unequal scale with a few large elements, float32."""
     x = rng.normal(size=shape) * np.exp(rng.normal(0, 0.5, shape[-1]))
     return (x * np.where(rng.uniform(size=shape) < 0.01, 6.0, 1.0)).astype(np.float32)
+
+
+def small_model() -> LoadedModel:
+    """A random model whose predictions are not flat: 2 layers, 2 kv heads of 32, 64 tokens of vocabulary."""
+    config = ModelConfig(
+        layers=2, width=32, mlp_width=48, q_heads=4, kv_heads=2, head_dim=32, vocab=64, initializer_range=0.3
+    )
+    return init_random(config, make_rope(32, 512), seed=0)
+
+
+def small_windows() -> np.ndarray:
+    """Text for it."""
+    return np.random.default_rng(0).integers(0, 64, (5, 80)).astype(np.int32)

@@ -15,7 +15,6 @@ All combinations share one compiled function (`kvjax.analysis.mixture`).
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from kvjax.calibrate.text import self_sampled_tokens, tokens_from_file
 from kvjax.codecs import AffineCodec
 from kvjax.evaluate.progress import bar
 from kvjax.model.llama import LoadedModel
-from kvjax.policy import Preset, bind, cache_directory
+from kvjax.policy import Preset, bind, fitted_file
 from kvjax.presets import named
 
 # KL is a statistic of every position, not of the tokens that came: few windows say which matrices matter.
@@ -55,11 +54,8 @@ def allocated(
     """
     if text is not None:
         return preset_of(allocate(model, name, preset, text=text, progress=progress), preset, model)
-    cached = cache_directory() / model.fingerprint[:16] / allocation_file.file_name(name, preset)
-    # What lies beside a model's files was measured on the weights in them, not on others put in their place.
-    shipped = Path(model.path) / "calibration" / cached.name if model.path and model.file_fingerprint else cached
-    path = calibration or next((p for p in (shipped, cached) if p.is_file()), None)
-    if path is not None:
+    path, cached = fitted_file(model, allocation_file.file_name(name, preset))
+    if path := calibration or path:
         return preset_of(allocation_file.load(path, model, name, preset), preset, model)
     found = allocate(model, name, preset, progress=progress)
     cached.parent.mkdir(parents=True, exist_ok=True)

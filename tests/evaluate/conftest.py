@@ -1,22 +1,30 @@
-"""A small random model whose predictions are not flat, and text for it."""
+"""A small random model whose predictions are not flat, text for it, and scripts/evaluate.py as a module."""
 
-import numpy as np
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
+from cases import small_model, small_windows
 
-from kvjax.model.config import ModelConfig
-from kvjax.model.rope import make_rope
-from kvjax.model.weights import init_random
-
-CONFIG = ModelConfig(
-    layers=2, width=32, mlp_width=48, q_heads=4, kv_heads=2, head_dim=32, vocab=64, initializer_range=0.3
-)
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="session")
 def model():
-    return init_random(CONFIG, make_rope(32, 512), seed=0)
+    return small_model()
 
 
 @pytest.fixture(scope="session")
 def windows():
-    return np.random.default_rng(0).integers(0, 64, (5, 80)).astype(np.int32)
+    return small_windows()
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))  # for its `_cli` and `_compare`
+    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPTS / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(SCRIPTS))
