@@ -1,0 +1,73 @@
+"""Attention of one query per row and head over a compressed context: chooses an implementation.
+
+An implementation raises NotImplementedError, with the reason in words, for what it does not do; nothing falls back
+unless the caller asks for the next one by name.
+"""
+
+import importlib
+from typing import Literal
+
+import jax
+
+from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention.formats import Format, Partial, Rotation, shape_of
+
+Implementation = Literal["reference", "xla_cpu", "mosaic_tpu", "mosaic_gpu"]
+
+
+def decode_attention(
+    q: jax.Array,
+    k: Format,
+    v: Format,
+    *,
+    layer: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    rotation: Rotation | None = None,
+    implementation: Implementation = "reference",
+    chip: str = "",
+    interpret: object = False,
+) -> Partial:
+    """Attention of `q` over the tokens `first[b] <= t < last[b]` of layer `layer`.
+
+    Args:
+      q: `[B, K, G, H]` float32, times the softmax scale; after RoPE, or before it where `rotation` is given.
+      k, v: storage with equal L, B, N, K, T and H.
+      layer: int32 scalar.
+      first, last: `[B]` int32, tokens of the storage; a row with `last <= first` sees nothing.
+      rotation: for keys that are stored before RoPE.
+      implementation: what computes it; "reference" is plain jnp and the definition.
+      chip: generation within a platform ("v5e", "v5p", "v6e", "7x", "sm_90"); "" for the oldest supported.
+      interpret: run a kernel in an interpreter (as `pl.pallas_call` or `plgpu.kernel` take it).
+
+    Returns:
+      Partial softmax sums in float32, to be merged with those of other tokens.
+
+    Raises:
+      NotImplementedError: where the implementation does not do this storage, shape or chip.
+    """
+    check(k, v, q.shape[2], implementation, chip, rotation is not None)
+    if implementation == "reference":
+        return reference.decode_attention(q, k, v, layer, first, last, rotation)
+    kernel = _module(implementation).decode_attention
+    return kernel(q, k, v, layer, first, last, rotation, chip=chip, interpret=interpret)
+
+
+def check(k: Format, v: Format, group: int, implementation: Implementation, chip: str, rotates: bool) -> None:
+    """Raises NotImplementedError, in words, where the implementation does not do this; looks at shapes only.
+
+    Args:
+      group: query heads per kv head.
+      rotates: keys are stored before RoPE.
+    """
+    if shape_of(k) != shape_of(v):
+        raise ValueError(
+            f"`v` is storage of {shape_of(v)} (L, B, N, K, T, H), but `k` of {shape_of(k)}; they must agree."
+        )
+    if implementation != "reference":
+        _module(implementation).check(k, v, group, chip, rotates)
+
+
+def _module(implementation: str):
+    # Imported on demand: the GPU kernels need a newer JAX than the rest.
+    return importlib.import_module(f"pallas_kernels.decode_attention.{implementation}")

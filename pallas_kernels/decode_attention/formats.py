@@ -1,0 +1,139 @@
+"""What a decode kernel reads: the stored keys or values of L layers, as raw arrays and static integers.
+
+Every array has the axes `[L, B, N, K or 1, ...]` of the cache it comes from (layers, rows, blocks of T tokens, kv
+heads) and is passed whole: a kernel takes the layer as an index, because slicing it off would copy the layer. 16-bit
+floats are held as uint16 bit patterns. Codes are packed along tokens by `pallas_kernels.packing`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+Leaf = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """`x = values`.
+
+    Attributes:
+      values: `[L, B, N, K, T, H]` uint16.
+      dtype: what the bits are, static.
+    """
+
+    values: Leaf
+    dtype: Literal["bfloat16", "float16"] = dataclasses.field(default="bfloat16", metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """`x = scale * code + zero`.
+
+    Attributes:
+      codes: `[L, B, N, K, T * bits / 32, H]` uint32.
+      scale, zero: uint16. Groups along tokens (per channel): `[L, B, N, K, T/g, H]`. Along channels (per token):
+        `[L, B, N, K, H/g, T]`, or `[L, B, N, 1, 1, T]` where one group is a token's whole kv width.
+      bits: 1, 2, 3, 4 or 8, static.
+      along: the axis groups run along, static.
+      dtype: what the bits of scale and zero are, static.
+    """
+
+    codes: Leaf
+    scale: Leaf
+    zero: Leaf
+    bits: int = dataclasses.field(metadata={"static": True})
+    along: Literal["tokens", "channels"] = dataclasses.field(metadata={"static": True})
+    dtype: Literal["float16", "bfloat16"] = dataclasses.field(default="float16", metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+    """`x = scale * levels[code] + zero`, plus `slot_residual` at channel `slot_channel` of each slot.
+
+    Slots of one token may name the same channel (an unused slot has residual 0): residuals add up.
+
+    Attributes:
+      codes: `[L, B, N, K, T * bits / 32, H]` uint32.
+      levels: `[L, 2**bits]` float32, ascending, not confined to [-1, 1].
+      scale, zero: per channel `[L, K, 1, H]` float32 (fitted), or per token `[L, B, N, 1, T]` uint16 (float16 bits).
+      slot_channel: `[L, B, N, K, s, T]` uint8; None without slots.
+      slot_residual: `[L, B, N, K, s, T]` uint16 (float16 bits); None without slots.
+      bits: 1 to 4, static.
+      per: what shares a scale, static.
+    """
+
+    codes: Leaf
+    levels: Leaf
+    scale: Leaf
+    zero: Leaf
+    slot_channel: Leaf
+    slot_residual: Leaf
+    bits: int = dataclasses.field(metadata={"static": True})
+    per: Literal["channel", "token"] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def slots(self) -> int:
+        return 0 if self.slot_channel is None else self.slot_channel.shape[-2]
+
+
+Format = Dense | Affine | Codebook
+
+
+class Partial(NamedTuple):
+    """Softmax attention over some of the tokens, not yet normalised; float32.
+
+    Attributes:
+      acc: `[B, K, G, H]`, sum of exp(score - max) * value.
+      max: `[B, K, G]`, the largest score, or -1e30 where no token is seen.
+      sum: `[B, K, G]`, sum of exp(score - max).
+    """
+
+    acc: jax.Array
+    max: jax.Array
+    sum: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """RoPE for keys that are stored before it.
+
+    A key at token t counts as rotated by t, the query as rotated by `position`: their score is
+    `(R(position - t) q) . k`, so a kernel may rotate the query to where a run of tokens starts, and the keys of every
+    run by the same angles of 0, 1, 2, ... tokens.
+
+    Attributes:
+      position: `[B]` int32, of the query, counted from token 0 of the storage.
+      angles: `angles(offsets[...] int32) -> cos, sin`, each `[..., H/2]` float32: the rotation by so many tokens. It
+        turns channels (i, i + H/2) of each head and does not scale them.
+    """
+
+    position: jax.Array
+    angles: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def shape_of(fmt: Format) -> tuple[int, int, int, int, int, int]:
+    """`L, B, N, K, T, H` of the storage."""
+    if isinstance(fmt, Dense):
+        return fmt.values.shape
+    *lead, words, channels = fmt.codes.shape
+    return (*lead, words * 32 // fmt.bits, channels)
+
+
+def describe(fmt: Format) -> str:
+    """The storage in a few words, for `explain` and the support matrix."""
+    if isinstance(fmt, Dense):
+        return fmt.dtype
+    if isinstance(fmt, Affine):
+        size = shape_of(fmt)[4] // fmt.scale.shape[-2]
+        if fmt.along == "tokens":
+            return f"affine {fmt.bits} bits per channel, groups of {size}"
+        shared = fmt.scale.shape[3] == 1 and shape_of(fmt)[3] > 1
+        size = "kv width" if shared else f"groups of {shape_of(fmt)[5] // fmt.scale.shape[-2]}"
+        return f"affine {fmt.bits} bits per token, {size}"
+    slots = f", {fmt.slots} outlier slot{'s' * (fmt.slots > 1)}" if fmt.slots else ""
+    return f"codebook {fmt.bits} bits per {fmt.per}{slots}"

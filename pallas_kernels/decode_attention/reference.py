@@ -1,0 +1,73 @@
+"""The definition: decodes a layer whole and attends to it in float32. For tests and small contexts."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import packing
+from pallas_kernels.decode_attention.formats import Affine, Dense, Format, Partial, Rotation, shape_of
+
+EMPTY = -1e30  # finite: a row that sees nothing has this maximum, and no NaN arises
+
+
+def decode_attention(
+    q: jax.Array,
+    k: Format,
+    v: Format,
+    layer: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    rotation: Rotation | None,
+) -> Partial:
+    """As `api.decode_attention`."""
+    _, batch, blocks, heads, tokens, channels = shape_of(k)
+    keys, values = (
+        dequantize(x, layer).swapaxes(1, 2).reshape(batch, heads, blocks * tokens, channels) for x in (k, v)
+    )
+    token = jnp.arange(blocks * tokens, dtype=jnp.int32)
+    if rotation is not None:
+        keys = rotate(keys, *(x[None, None] for x in rotation.angles(token)))
+        q = rotate(q, *(x[:, None, None] for x in rotation.angles(rotation.position)))
+    scores = jnp.einsum("bkgh,bkth->bkgt", q, keys, precision="highest")
+    token = token[None, :]
+    seen = ((token >= first[:, None]) & (token < last[:, None]))[:, None, None]
+    top = jnp.where(seen, scores, EMPTY).max(-1)
+    p = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
+    return Partial(jnp.einsum("bkgt,bkth->bkgh", p, values, precision="highest"), top, p.sum(-1))
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns channels (i, i + H/2) of `x[..., H]` by angles that broadcast against `[..., H/2]`."""
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def float16(bits: jax.Array) -> jax.Array:
+    """float16 bit patterns as float32."""
+    return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+
+
+def dequantize(x: Format, layer: jax.Array) -> jax.Array:
+    """One layer `[B, N, K, T, H]`, float32."""
+    if isinstance(x, Dense):
+        return jax.lax.bitcast_convert_type(x.values[layer], jnp.dtype(x.dtype)).astype(jnp.float32)
+    codes = packing.unpack(x.codes[layer], x.bits)
+    tokens, channels = codes.shape[-2:]
+    if isinstance(x, Affine):
+        scale, zero = (
+            jax.lax.bitcast_convert_type(m[layer], jnp.dtype(x.dtype)).astype(jnp.float32) for m in (x.scale, x.zero)
+        )
+        if x.along == "tokens":
+            scale, zero = (jnp.repeat(m, tokens // m.shape[-2], axis=-2) for m in (scale, zero))
+        else:
+            scale, zero = (jnp.repeat(m, channels // m.shape[-2], axis=-2).swapaxes(-1, -2) for m in (scale, zero))
+        return scale * codes.astype(jnp.float32) + zero
+    value = jnp.take(x.levels[layer], codes.astype(jnp.int32), mode="clip")
+    if x.per == "channel":
+        value = x.scale[layer][None, None] * value + x.zero[layer][None, None]
+    else:
+        value = float16(x.scale[layer])[..., None] * value + float16(x.zero[layer])[..., None]
+    channel = jnp.arange(channels, dtype=jnp.uint8)
+    for s in range(x.slots):
+        here = x.slot_channel[layer, ..., s, :, None] == channel.reshape((1,) * (value.ndim - 1) + (-1,))
+        value = value + jnp.where(here, float16(x.slot_residual[layer, ..., s, :, None]), 0.0)
+    return value
