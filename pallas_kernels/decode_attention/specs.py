@@ -1,8 +1,9 @@
 """Named shapes and storages, one list for tests, compile checks and benchmarks; random contents, never zeros."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import packing
@@ -70,15 +71,15 @@ def make(kind: str, shape: Shape, rng: np.random.Generator) -> Format:
     lead = (shape.layers, shape.batch, shape.blocks)
     T, H, K = shape.tokens, shape.channels, shape.heads
     if name == "dense":
-        import ml_dtypes
-
-        dtype = "float16" if rest else "bfloat16"
-        values = rng.standard_normal((*lead, K, T, H)).astype(np.float16 if rest else ml_dtypes.bfloat16)
-        return Dense(values.view(np.uint16), dtype)
+        values = rng.standard_normal((*lead, K, T, H), np.float32)
+        if rest:
+            return Dense(values.astype(np.float16).view(np.uint16), "float16")
+        return Dense(values.astype(jnp.bfloat16).view(np.uint16), "bfloat16")
     bits = int(name[-1])
+    meta: tuple[int, ...]
     words = rng.integers(0, 2**32, (*lead, K, packing.packed_words(T, bits), H), dtype=np.uint32)
     if name.startswith("affine"):
-        along = "tokens" if rest[0].startswith("tokens") else "channels"
+        along: Literal["tokens", "channels"] = "tokens" if rest[0].startswith("tokens") else "channels"
         if rest[0] == "width":
             meta = (*lead, 1, 1, T)
         elif along == "tokens":
@@ -92,7 +93,7 @@ def make(kind: str, shape: Shape, rng: np.random.Generator) -> Format:
         scale, zero = _half(rng.uniform(1, 3, (*lead, 1, T))), _half(rng.uniform(-0.3, 0.3, (*lead, 1, T)))
     else:
         size = (shape.layers, K, 1, H)
-        scale, zero = (rng.uniform(*r, size).astype(np.float32) for r in ((1, 3), (-0.5, 0.5)))
+        scale, zero = (rng.uniform(a, b, size).astype(np.float32) for a, b in ((1, 3), (-0.5, 0.5)))
     channel = residual = None
     if "s" in rest:
         slots = (*lead, K, -(-H // 100), T)
@@ -113,8 +114,6 @@ def query(shape: Shape, rng: np.random.Generator) -> np.ndarray:
 
 def rotation(shape: Shape, position: Any, theta: float = 10000.0) -> Rotation:
     """Llama's frequencies, a query at `position[B]`."""
-    import jax.numpy as jnp
-
     inv_freq = jnp.asarray(theta ** (-np.arange(0, shape.channels, 2) / shape.channels), jnp.float32)
 
     def angles(offsets):
