@@ -1,7 +1,8 @@
 """Attention over a compressed cache: sinks, sealed blocks and recent tokens as partial softmaxes, merged.
 
 The reference here is plain jnp, decodes a chunk of blocks at a time and works for every codec; it is the definition.
-`FAST` maps a storage type and a platform to a kernel; `explain` says which path each segment takes.
+Sealed blocks of a decode step are read by a kernel where `FAST` has one for the storage and the platform
+(`kvjax.fused`); `explain` says which path each segment takes.
 
 Which of a token's two faces a query sees (design.md section 3), for a query at position p_i and a token at p_j <= p_i:
 
@@ -20,13 +21,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kvjax import fused
 from kvjax.cache import CacheShape, KVCache, Segment
 from kvjax.codecs.base import AbstractCodec, Leaf
+from kvjax.fused import FAST, explain
 from kvjax.model.rope import cos_sin, rotate
 from kvjax.writing import span
 
-# (storage type, platform) -> kernel. Empty: every platform takes the reference, and `explain` says so.
-FAST: dict[tuple[type, str], Any] = {}
+__all__ = [
+    "FAST", "NewTokens", "Partial", "Queries", "attend_layer", "dense_partial", "empty_partial", "explain", "finish",
+    "layer_inputs", "merge", "new_tokens", "queries", "rotate_tokens",
+]  # fmt: skip
 
 Mode = Literal["exact", "cached"]
 _EMPTY = -1e30  # finite: the maximum of no scores; exp(_EMPTY - _EMPTY) is masked, never NaN
@@ -202,6 +207,14 @@ def layer_inputs(
 
 
 def _sealed(cache: KVCache, segment: Segment, layer: Any, qs: Queries) -> Partial:
+    """The sealed blocks: by a kernel for one query per row where there is one, else by the reference."""
+    if qs.raw.shape[3] == 1 and fused.has_kernel(cache, segment):
+        part = fused.attend(cache, segment, layer, qs.raw[..., 0, :], qs.rotated[..., 0, :], qs.position[:, 0])
+        return Partial(part.acc[..., None, :], part.max[..., None], part.sum[..., None])
+    return _sealed_in_chunks(cache, segment, layer, qs)
+
+
+def _sealed_in_chunks(cache: KVCache, segment: Segment, layer: Any, qs: Queries) -> Partial:
     """The sealed blocks, a chunk at a time; only chunks that some row needs are decoded."""
     shape, T = cache.shape, cache.block
     k_params = jax.tree.map(lambda p: p[layer], segment.k_params)
@@ -336,34 +349,3 @@ def _this_call(cache: KVCache, qs: Queries, new: NewTokens) -> Partial:
     if cache.shape.sliding_window is not None:
         first = jnp.maximum(first_query.min() - cache.shape.sliding_window + 1, 0) // size
     return jax.lax.fori_loop(first, last, body, empty_partial(qs.raw))
-
-
-def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -> str:
-    """Which path each segment's attention takes on `platform`, a line each, and why.
-
-    Args:
-      platform: "cpu", "gpu" or "tpu"; None for the default backend.
-      strict: raise NotImplementedError where the path is the reference.
-    """
-    platform = platform or jax.default_backend()
-    lines, slow = [], []
-    for segment in cache.segments:
-        name = f"layer{'s' * (segment.layers > 1)} {_ranges(segment.layer_ids)}"
-        what = f"keys {segment.k_codec.describe()}, values {segment.v_codec.describe()}"
-        kernel = FAST.get((type(segment.k), platform))
-        if kernel is None:
-            reason = f"no kernel for {type(segment.k).__name__} on {platform}"
-            lines.append(f"{name}: reference (chunked jnp), {reason}; {what}")
-            slow.append(f"{name}: {reason}")
-        else:
-            lines.append(f"{name}: {kernel.__name__}; {what}")
-    if strict and slow:
-        raise NotImplementedError(f"strict: the reference would run for {'; '.join(slow)}; drop `strict` to allow it.")
-    return "\n".join(lines)
-
-
-def _ranges(ids: tuple[int, ...]) -> str:
-    """Ascending integers in words: "0 to 3, 7, 9 to 11"."""
-    starts = [i for i in ids if i - 1 not in ids]
-    ends = [i for i in ids if i + 1 not in ids]
-    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends))

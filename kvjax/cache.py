@@ -20,6 +20,7 @@ import numpy as np
 from kvjax import reads
 from kvjax.codecs.base import AbstractCodec, Leaf
 from kvjax.model.rope import Rope
+from kvjax.targets import default_target, split
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +93,7 @@ class KVCache:
       block, sinks, window, capacity: T, s, w and the tokens that fit; static.
       k_window, v_window: as in `kvjax.policy.Preset`; static.
       policy: the policy's name, for reports; static.
+      target: what attention is compiled for (`kvjax.targets`); static.
     """
 
     segments: tuple[Segment, ...]
@@ -107,6 +109,7 @@ class KVCache:
     v_window: int = dataclasses.field(metadata={"static": True})
     capacity: int = dataclasses.field(metadata={"static": True})
     policy: str = dataclasses.field(metadata={"static": True})
+    target: str = dataclasses.field(metadata={"static": True})
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -138,6 +141,7 @@ def init(
     capacity: int,
     dtype: Any,
     block: int = 128,
+    target: str | None = None,
 ) -> KVCache:
     """An empty cache; all its memory is allocated here.
 
@@ -148,6 +152,7 @@ def init(
       capacity: tokens per row that must fit; rounded up to whole blocks.
       dtype: compute dtype, in which recent tokens and sinks are held.
       block: tokens per block, a multiple of 32.
+      target: what attention is compiled for, as in `kvjax.targets`; None for the first device.
     """
     if batch < 1:
         raise ValueError(f"`batch={batch}` must be at least 1.")
@@ -155,6 +160,8 @@ def init(
         raise ValueError(f"`capacity={capacity}` must be at least 1 token.")
     if block < 32 or block % 32:
         raise ValueError(f"`block={block}` must be a positive multiple of 32 tokens; the default is 128.")
+    target = target or default_target()
+    split(target)
     sinks, window = policy.sinks, _held_back(policy, block)
     blocks = max(1, -(-(capacity - sinks - window) // block))  # the newest `window` tokens are never in one
     recent = -(-(block - 1 + window) // block) * block
@@ -211,6 +218,7 @@ def init(
         v_window=policy.v_window,
         capacity=sinks + blocks * block + window,
         policy=policy.name,
+        target=target,
     )
 
 

@@ -31,7 +31,16 @@ __all__ = [
 ]  # fmt: skip
 
 
-def init_cache(model: Any, policy: Any, *, batch: int, capacity: int, dtype: Any = None, block: int = 128) -> KVCache:
+def init_cache(
+    model: Any,
+    policy: Any,
+    *,
+    batch: int,
+    capacity: int,
+    dtype: Any = None,
+    block: int = 128,
+    target: str | None = None,
+) -> KVCache:
     """An empty cache for `batch` rows of up to `capacity` tokens each.
 
     Args:
@@ -41,6 +50,8 @@ def init_cache(model: Any, policy: Any, *, batch: int, capacity: int, dtype: Any
       capacity: tokens per row, rounded up to whole blocks.
       dtype: type of recent tokens and sinks; the model's, or float32 for a `CacheShape`.
       block: tokens per block, a multiple of 32.
+      target: what a decode step's attention is compiled for, such as "tpu:v5p", "gpu:sm_90" or "cpu"; "reference" for
+        plain jnp everywhere; None for the first device.
 
     Raises:
       ValueError: for sizes that make no cache, and for a policy fitted to another shape.
@@ -48,7 +59,7 @@ def init_cache(model: Any, policy: Any, *, batch: int, capacity: int, dtype: Any
     shape = model if isinstance(model, CacheShape) else _shape_of(model)
     dtype = dtype or (jnp.float32 if model is shape else model.dtype)
     policy.check(shape)
-    return _cache.init(shape, policy, batch=batch, capacity=capacity, dtype=dtype, block=block)
+    return _cache.init(shape, policy, batch=batch, capacity=capacity, dtype=dtype, block=block, target=target)
 
 
 def prefill(

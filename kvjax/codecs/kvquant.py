@@ -28,7 +28,7 @@ with `table="nf"` its NormalFloat baselines.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class NUQBlock:
       codes: packed `[..., K, T * b / 32, H]` uint32; before packing `[..., K, T, H]` uint8.
       scale, zero: float16, online ranges only: `[..., 1, T]` per token, `[..., K, H]` per channel; else None.
       slot_channel: `[..., K, s, T]` uint8, the outliers' channels; an unused slot has residual 0. None without slots.
-      slot_residual: `[..., K, s, T]` float16.
+      slot_residual: `[..., K, s, T]` float16. All float16 are stored as uint16 bit patterns, as in `AffineBlock`.
     """
 
     codes: Leaf
@@ -99,10 +99,10 @@ class _NUQCodec(AbstractCodec):
         return levels, levels
 
     def pack(self, block: NUQBlock) -> NUQBlock:
-        return dataclasses.replace(block, codes=packing.pack(block.codes, self.bits))
+        return _converted(block, packing.pack(block.codes, self.bits), jnp.uint16)
 
     def unpack(self, block: NUQBlock) -> NUQBlock:
-        return dataclasses.replace(block, codes=packing.unpack(block.codes, self.bits))
+        return _converted(block, packing.unpack(block.codes, self.bits), jnp.float16)
 
     def _quantize(self, x, scale, zero, outlier_index, is_outlier, params):
         """Codes and slots of `x[..., K, T, H]` (float32) under ranges that broadcast against it."""
@@ -247,6 +247,15 @@ class NUQTokenCodec(_NUQCodec):
 
     def describe(self) -> str:
         return f"{_table_name(self)} per token, {_slots_name(self)}"
+
+
+def _converted(block: NUQBlock, codes: jax.Array, dtype: Any) -> NUQBlock:
+    """The block with other codes, its metadata reinterpreted as 16-bit `dtype`."""
+
+    def cast(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else jax.lax.bitcast_convert_type(x, dtype)
+
+    return NUQBlock(codes, cast(block.scale), cast(block.zero), block.slot_channel, cast(block.slot_residual))
 
 
 def normalize_keys(x: jax.Array, scale: jax.Array, zero: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:

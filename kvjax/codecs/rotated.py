@@ -49,10 +49,10 @@ class RotatedCodec(AbstractCodec):
         return self.inner.shared_tokens(block)
 
     def quantize(self, x: jax.Array, params: Params = None) -> Any:
-        return self.inner.quantize(self._rotate(x), params)
+        return self.inner.quantize(self.turn(x), params)
 
     def dequantize(self, block: Any, params: Params = None) -> jax.Array:
-        return self._rotate(self.inner.dequantize(block, params))
+        return self.turn(self.inner.dequantize(block, params))
 
     def pack(self, block: Any) -> Any:
         return self.inner.pack(block)
@@ -67,12 +67,12 @@ class RotatedCodec(AbstractCodec):
         return self.inner.keep(old, new, kept)
 
     def dropped(self, x: jax.Array, params: Params = None) -> jax.Array:
-        return self.inner.dropped(self._rotate(x), params)
+        return self.inner.dropped(self.turn(x), params)
 
     def describe(self) -> str:
         return f"{self.inner.describe()}, rotated"
 
-    def _rotate(self, x: jax.Array) -> jax.Array:
+    def turn(self, x: jax.Array) -> jax.Array:
         """`x M`, float32; M is its own inverse."""
         channels = x.shape[-1]
         order = (channels & -channels) if self.order is None else self.order

@@ -1,0 +1,167 @@
+"""Fused attention of a decode step over sealed blocks: which kernel reads a segment's storage, and with what.
+
+Kernels (`pallas_kernels.decode_attention`) read packed words and know no codecs; here a codec's block becomes what they
+read. What has no kernel takes the chunked reference of `kvjax.attention`, and `explain` says so and why.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache import KVCache, Segment
+from kvjax.codecs.affine import AffineCodec
+from kvjax.codecs.base import AbstractCodec
+from kvjax.codecs.identity import IdentityCodec
+from kvjax.codecs.kvquant import NUQBlock, NUQChannelCodec, NUQTokenCodec
+from kvjax.codecs.rotated import RotatedCodec
+from kvjax.model.rope import cos_sin
+from kvjax.targets import split
+from pallas_kernels.decode_attention import api
+from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, Partial, Rotation
+
+# (storage type, platform) -> implementation; the kernel's own `check` has the last word on shapes and chips.
+FAST: dict[tuple[type, str], api.Implementation] = {}
+
+
+def kernel_format(codec: AbstractCodec, storage: Any, params: Any, layers: int) -> Format:
+    """A segment's keys or values as kernels read them; no array is touched.
+
+    Raises:
+      NotImplementedError: for storage that no kernel reads.
+    """
+    if isinstance(codec, RotatedCodec):
+        if codec.pre_rope:
+            raise NotImplementedError("a Hadamard rotation before RoPE cannot be folded into the query")
+        return kernel_format(codec.inner, storage, params, layers)
+    if isinstance(codec, IdentityCodec):
+        if codec.dtype == "float32":
+            raise NotImplementedError("kernels read 16-bit values, not float32")
+        return Dense(storage.values, codec.dtype)  # type: ignore[arg-type]
+    if isinstance(codec, AffineCodec):
+        if codec.meta == "int8":
+            raise NotImplementedError("kernels read 16-bit scales and zeros, not 8-bit ones")
+        return Affine(storage.codes, storage.scale, storage.zero, codec.bits, codec.along, codec.meta)
+    if isinstance(codec, (NUQChannelCodec, NUQTokenCodec)):
+        return _codebook(codec, storage, params, layers)
+    raise NotImplementedError(f"no kernel reads {type(storage).__name__}")
+
+
+def _codebook(codec: NUQChannelCodec | NUQTokenCodec, block: NUQBlock, params: Any, layers: int) -> Codebook:
+    levels = codec.levels(params)[1]
+    if levels.ndim == 1:
+        levels = jnp.broadcast_to(levels, (layers, *levels.shape))
+    slots = block.slot_channel, block.slot_residual
+    if not isinstance(codec, NUQChannelCodec):
+        return Codebook(block.codes, levels, block.scale, block.zero, *slots, codec.bits, "token")
+    if codec.ranges != "offline":
+        raise NotImplementedError("kernels read per-channel ranges that are fitted offline, not those of a block")
+    return Codebook(block.codes, levels, params["scale"], params["zero"], *slots, codec.bits, "channel")
+
+
+def formats(segment: Segment) -> tuple[Format, Format]:
+    """Keys and values of a segment as kernels read them."""
+    return (
+        kernel_format(segment.k_codec, segment.k, segment.k_params, segment.layers),
+        kernel_format(segment.v_codec, segment.v, segment.v_params, segment.layers),
+    )
+
+
+def implementation(cache: KVCache, segment: Segment, target: str | None = None) -> api.Implementation:
+    """What computes a decode step's attention over the segment's sealed blocks on `target` (None: the cache's).
+
+    Raises:
+      NotImplementedError: where the chunked reference does, with the reason.
+    """
+    platform, chip = split(target or cache.target)
+    if platform == "reference":
+        raise NotImplementedError("asked for")
+    name = FAST.get((type(segment.k), platform))
+    if name is None:
+        raise NotImplementedError(f"no kernel for {type(segment.k).__name__} on {platform}")
+    if segment.reads is not None:
+        raise NotImplementedError(f"no kernel reads bit planes on {platform}")
+    if segment.k_codec.pre_rope and cache.shape.rope.dynamic is not None:
+        raise NotImplementedError("dynamic RoPE turns every row by other angles")
+    group = cache.shape.q_heads // cache.shape.kv_heads
+    api.check(*formats(segment), group, name, chip, segment.k_codec.pre_rope)
+    return name
+
+
+def has_kernel(cache: KVCache, segment: Segment) -> bool:
+    """Whether a decode step's attention over the segment is fused on the cache's target."""
+    try:
+        implementation(cache, segment)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def attend(cache: KVCache, segment: Segment, layer: Any, raw: jax.Array, rotated: jax.Array, position: Any) -> Partial:
+    """Attention of one query per row over the layer's sealed blocks, by a kernel.
+
+    Args:
+      raw, rotated: `[B, K, G, H]` float32, before and after RoPE, times 1/sqrt(H).
+      position: `[B]` int32.
+    """
+    k, v = formats(segment)
+    shape, pre_rope = cache.shape, segment.k_codec.pre_rope
+    last = cache.sealed(cache.length) * cache.block
+    first = jnp.zeros_like(last)
+    if shape.sliding_window is not None:
+        first = jnp.maximum(position - shape.sliding_window + 1 - cache.sinks, 0)
+    q, rotation = rotated, None
+    if pre_rope:
+        # The factor stands for those of query and key: the kernel's angles only turn.
+        q = raw * jnp.float32(shape.rope.attention_factor**2)
+        rotation = Rotation(position - cache.sinks, lambda offsets: _turn(shape.rope, offsets))
+    if isinstance(segment.k_codec, RotatedCodec):
+        q = segment.k_codec.turn(q)
+    part = api.decode_attention(
+        q,
+        k,
+        v,
+        layer=jnp.asarray(layer, jnp.int32),
+        first=first,
+        last=last,
+        rotation=rotation,
+        implementation=implementation(cache, segment),
+        chip=split(cache.target)[1],
+    )
+    if isinstance(segment.v_codec, RotatedCodec):
+        part = part._replace(acc=segment.v_codec.turn(part.acc))
+    return part
+
+
+def _turn(rope: Any, offsets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    cos, sin = cos_sin(rope, offsets)
+    return cos / rope.attention_factor, sin / rope.attention_factor
+
+
+def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -> str:
+    """Which path each segment's attention takes, a line each, and why.
+
+    Args:
+      platform: a platform or a platform and chip ("tpu", "tpu:v5p", "gpu:sm_90"); None for what the cache was made for.
+      strict: raise NotImplementedError where a decode step would take the reference.
+    """
+    lines, slow = [], []
+    for segment in cache.segments:
+        name = f"layer{'s' * (segment.layers > 1)} {_ranges(segment.layer_ids)}"
+        what = f"keys {segment.k_codec.describe()}, values {segment.v_codec.describe()}"
+        try:
+            path = f"{implementation(cache, segment, platform)} in decode steps, reference (chunked jnp) in prefill"
+        except NotImplementedError as reason:
+            path = f"reference (chunked jnp), {reason}"
+            slow.append(f"{name}: {reason}")
+        lines.append(f"{name}: {path}; {what}")
+    if strict and slow:
+        raise NotImplementedError(f"strict: the reference would run for {'; '.join(slow)}; drop `strict` to allow it.")
+    return "\n".join(lines)
+
+
+def _ranges(ids: tuple[int, ...]) -> str:
+    """Ascending integers in words: "0 to 3, 7, 9 to 11"."""
+    starts = [i for i in ids if i - 1 not in ids]
+    ends = [i for i in ids if i + 1 not in ids]
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends))

@@ -1,0 +1,147 @@
+"""Kernels behind the cache: what they are given, that they give what the chunked reference gives, and what is said.
+
+The kernel here is the plain definition (`implementation="reference"`), so what is tested is the wiring.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import attention, decode, fused
+from kvjax.codecs.affine import AffineBlock
+from kvjax.codecs.identity import DenseBlock
+from kvjax.codecs.kvquant import NUQBlock
+from kvjax.model.rope import make_rope
+from pallas_kernels.decode_attention.reference import dequantize
+
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def model():
+    return kvjax.load("tiny")
+
+
+@pytest.fixture(autouse=True)
+def definition(monkeypatch):
+    for block in (DenseBlock, AffineBlock, NUQBlock):
+        monkeypatch.setitem(fused.FAST, (block, "cpu"), "reference")
+
+
+def filled(model, quant, **changes):
+    """A cache whose sealed blocks hold random keys and values, rows of different lengths."""
+    cache = decode.init_cache(model, kvjax.policy(quant, model), batch=3, capacity=BLOCKS * 128 + 64, target="cpu")
+    rng = np.random.default_rng(0)
+    segments = []
+    for segment in cache.segments:
+        out = {}
+        for name in ("k", "v"):
+            codec, params = getattr(segment, f"{name}_codec"), getattr(segment, f"{name}_params")
+            blocks = jax.tree.leaves(getattr(segment, name))[0].shape[2]
+            x = rng.standard_normal((3, blocks, cache.shape.kv_heads, 128, cache.shape.head_dim))
+            encode = jax.jit(codec.encode)
+            coded = encode(jnp.asarray(x, jnp.float32), jax.tree.map(lambda p: p[0], params))
+            out[name] = jax.tree.map(lambda leaf, c: leaf.at[0].set(c), getattr(segment, name), coded)
+        segments.append(dataclasses.replace(segment, **out))
+    length = jnp.asarray([cache.sinks, cache.sinks + cache.window + 128, cache.capacity - 1], jnp.int32)
+    return dataclasses.replace(cache, segments=tuple(segments), length=length, **changes)
+
+
+def queries(cache):
+    shape = cache.shape
+    q = np.random.default_rng(1).standard_normal(
+        (3, 1, shape.kv_heads, shape.q_heads // shape.kv_heads, shape.head_dim)
+    )
+    return attention.queries(shape, jnp.asarray(q, jnp.float32), cache.length, cache.length + 1)
+
+
+def both(cache):
+    """The sealed part of layer 0 by the kernel and by the reference."""
+    segment = cache.segments[0]
+    assert fused.has_kernel(cache, segment)
+    run = jax.jit(lambda f, cache: f(cache, cache.segments[0], jnp.int32(0), queries(cache)), static_argnums=0)
+    return run(attention._sealed, cache), run(attention._sealed_in_chunks, cache)
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        "bf16",
+        "kivi4",
+        "kivi2-g64",
+        "asymkv-2-0",
+        "int4",
+        "int3",
+        "nf3",
+        "kivi4-rot",
+        "kvquant3",
+        "kvquant2-dense-qnorm",
+    ],
+)
+def test_a_kernel_is_given_what_the_codec_stored(model, quant):
+    kernel, plain = both(filled(model, quant))
+    for a, b in zip(kernel, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("quant", ["kivi2", "kvquant3"])
+def test_a_sliding_window_bounds_what_a_kernel_reads(model, quant):
+    cache = filled(model, quant)
+    cache = dataclasses.replace(cache, shape=dataclasses.replace(cache.shape, sliding_window=200))
+    for a, b in zip(*both(cache), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+def test_yarn_scales_queries_of_keys_before_rope(model):
+    cache = filled(model, "kvquant3")
+    rope = make_rope(
+        cache.shape.head_dim, 64, rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64
+    )
+    assert rope.attention_factor > 1
+    cache = dataclasses.replace(cache, shape=dataclasses.replace(cache.shape, rope=rope))
+    for a, b in zip(*both(cache), strict=True):
+        np.testing.assert_allclose(a, b, rtol=5e-4, atol=5e-4)
+
+
+@pytest.mark.parametrize("quant", ["bf16", "kivi2", "int8", "nf2", "kvquant4"])
+def test_formats_decode_as_the_codec(model, quant):
+    cache = filled(model, quant)
+    segment = cache.segments[0]
+    for name, fmt in zip("kv", fused.formats(segment), strict=True):
+        params = jax.tree.map(lambda p: p[0], getattr(segment, f"{name}_params"))
+        stored = jax.tree.map(lambda leaf: leaf[0], getattr(segment, name))
+        expected = getattr(segment, f"{name}_codec").decode(stored, params)
+        np.testing.assert_allclose(dequantize(fmt, jnp.int32(0)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_only_single_queries_take_the_kernel(model):
+    cache = filled(model, "kivi2")
+    assert "decode steps, reference (chunked jnp) in prefill" in decode.explain(cache)
+
+
+@pytest.mark.parametrize(
+    ("quant", "reason"),
+    [
+        ("f32", "kernels read 16-bit values, not float32"),
+        ("kivi2-m8", "kernels read 16-bit scales and zeros, not 8-bit ones"),
+        ("fp8", "no kernel for Float8Block on cpu"),
+        ("alignedkv", "no kernel for PlanesBlock on cpu"),
+    ],
+)
+def test_what_has_no_kernel_says_why(model, quant, reason):
+    cache = decode.init_cache(model, kvjax.policy(quant, model), batch=1, capacity=200, target="cpu")
+    assert f"reference (chunked jnp), {reason}" in decode.explain(cache)
+    with pytest.raises(NotImplementedError, match=reason):
+        decode.explain(cache, strict=True)
+
+
+def test_the_reference_can_be_asked_for(model):
+    cache = decode.init_cache(model, kvjax.policy("kivi2", model), batch=1, capacity=200, target="reference")
+    assert not fused.has_kernel(cache, cache.segments[0])
+    assert "reference (chunked jnp), asked for" in decode.explain(cache)
+    with pytest.raises(ValueError, match="`target='tpv'` names no platform"):
+        decode.init_cache(model, kvjax.policy("kivi2", model), batch=1, capacity=200, target="tpv")
