@@ -26,7 +26,7 @@ from kvjax.cache import CacheShape, KVCache, Segment
 from kvjax.codecs.base import AbstractCodec, Leaf
 from kvjax.fused import FAST, explain
 from kvjax.model.rope import cos_sin, rotate
-from kvjax.writing import span
+from kvjax.writing import row_major, span
 
 __all__ = [
     "FAST", "NewTokens", "Partial", "Queries", "attend_layer", "dense_partial", "empty_partial", "explain", "finish",
@@ -237,7 +237,7 @@ def _sealed_in_chunks(cache: KVCache, segment: Segment, layer: Any, qs: Queries)
         def take(leaf):
             # One slice for layer and chunk: `leaf[layer]` alone would be hoisted and copy a layer.
             at = (layer, 0, start) + (0,) * (leaf.ndim - 3)
-            return jax.lax.dynamic_slice(leaf, at, (1, leaf.shape[1], per_chunk, *leaf.shape[3:]))[0]
+            return row_major(jax.lax.dynamic_slice(leaf, at, (1, leaf.shape[1], per_chunk, *leaf.shape[3:])))[0]
 
         block = start + jnp.arange(per_chunk, dtype=jnp.int32)
         base = cache.sinks + block * T

@@ -62,7 +62,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     weights = {n: jax.ShapeDtypeStruct(shape, jnp.dtype(args.dtype)) for n, shape in weight_shapes(config).items()}
     model = LoadedModel(weights, make_rope(config.head_dim, args.context), config)
     shape = decode.CacheShape(config.layers, config.q_heads, config.kv_heads, config.head_dim, model.rope)
-    cache = abstract_cache(name, preset(name), shape, args.context, jnp.dtype(args.dtype), args.batch)
+    cache = abstract_cache(name, preset(name), shape, args.context, jnp.dtype(args.dtype), batch=args.batch)
     token = jax.ShapeDtypeStruct((args.batch,), jnp.int32)
     start = time.perf_counter()
     lowered = cached.step.lower(model, cache, token, token)

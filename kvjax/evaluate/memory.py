@@ -53,12 +53,13 @@ def footprint(name: str, preset: Preset, shape: CacheShape, tokens: int, dtype: 
 
 
 def abstract_cache(
-    name: str, preset: Preset, shape: CacheShape, tokens: int, dtype: Any = jnp.bfloat16, batch: int = 1
+    name: str, preset: Preset, shape: CacheShape, tokens: int, dtype: Any = jnp.bfloat16, **init: Any
 ) -> decode.KVCache:
     """A cache of ShapeDtypeStructs.
 
     Args:
       dtype: of recent tokens and sinks.
+      init: further arguments of `decode.init_cache`; batch is 1 without it.
 
     Raises:
       ValueError: where the preset does not fit the shape: layers it names, groups that do not divide the head size.
@@ -70,7 +71,7 @@ def abstract_cache(
 
     def make(params: list[list[Any]]) -> decode.KVCache:
         policy = bind(name, preset, shape.layers, *(dict(zip(*side)) for side in zip(sides, params)))
-        return decode.init_cache(shape, policy, batch=batch, capacity=tokens, dtype=dtype)
+        return decode.init_cache(shape, policy, **{"batch": 1, "capacity": tokens, "dtype": dtype, **init})
 
     return jax.eval_shape(make, [[abstract_params(codec, shape) for codec in side] for side in sides])
 
