@@ -7,6 +7,7 @@ their own, so that tensor parallelism can shard K.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -147,11 +148,38 @@ class Llama(nnx.Module):
 
     def _project(self, equation: str, x: jax.Array, name: str, layer) -> jax.Array:
         """Matrix product accumulated in float32, bias (where there is one) added there, result in the dtype of `x`."""
-        y = jnp.einsum(equation, x, self._at(name, layer), preferred_element_type=jnp.float32)
+        axes = len(equation.split(",")[0].removeprefix("..."))
+
+        def product(x):
+            return jnp.einsum(equation, x, self._at(name, layer), preferred_element_type=jnp.float32)
+
+        if math.prod(x.shape[: x.ndim - axes]) == 1:
+            y = jax.lax.platform_dependent(
+                x, default=product, cuda=lambda x: product_of_one(x, getattr(self, name)[...], layer, axes)
+            )
+        else:
+            y = product(x)
         if hasattr(self, f"{name}_bias"):
             bias = self._at(f"{name}_bias", layer).astype(jnp.float32)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return y.astype(x.dtype)
+
+
+def product_of_one(x: jax.Array, stack: jax.Array, layer, axes: int) -> jax.Array:
+    """One layer's matrix product for a single token, as a sum of products: float32.
+
+    XLA on GPU copies a layer out of its stack for a matrix product, so every weight is read, written and read again; a
+    reduction reads it where it is (Llama-3-8B, H100, real compiler: 336 MB of temporaries become 3 MB).
+
+    Args:
+      x: `[1, ..., *in]`, the last `axes` axes are summed over.
+      stack: `[L, *out, *in]`.
+    """
+    out = stack.shape[1 : stack.ndim - axes]
+    matrices = stack.reshape(stack.shape[0], math.prod(out), -1)
+    matrix = jax.lax.dynamic_index_in_dim(matrices, layer, keepdims=False).astype(jnp.float32)
+    y = (matrix * x.reshape(1, -1).astype(jnp.float32)).sum(-1)
+    return y.reshape(x.shape[: x.ndim - axes] + out)
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

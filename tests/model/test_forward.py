@@ -11,6 +11,7 @@ from model.variants import VARIANTS, golden
 import kvjax.model.forward as forward_module
 from kvjax.model.config import ModelConfig
 from kvjax.model.forward import causal_attention, forward, forward_with_kv
+from kvjax.model.llama import product_of_one
 from kvjax.model.rope import cos_sin, make_rope, rotate
 from kvjax.model.weights import init_random
 
@@ -114,3 +115,15 @@ def test_bfloat16_stays_close():
     logits, k, v = forward_with_kv(variant.loaded("bfloat16"), jnp.asarray(run["tokens"])[None])
     assert logits.dtype == jnp.float32 and k.dtype == v.dtype == jnp.bfloat16
     assert np.abs(logits[0] - run["logits"]).mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("equation", "size"), [("...d,kghd->...kgh", (3, 2, 2, 5, 8)), ("...kgh,dkgh->...d", (3, 8, 2, 2, 5))]
+)
+def test_the_product_of_one_token_is_the_matrix_product(equation, size):
+    rng = np.random.default_rng(0)
+    stack = jnp.asarray(rng.standard_normal(size), jnp.float32)
+    axes = len(equation.split(",")[0].removeprefix("..."))
+    x = jnp.asarray(rng.standard_normal((1, 1, *size[-axes:])), jnp.float32)
+    expected = jnp.einsum(equation, x, stack[1])
+    np.testing.assert_allclose(product_of_one(x, stack, jnp.int32(1), axes), expected, rtol=1e-5, atol=1e-5)
