@@ -15,19 +15,10 @@ from _cli import Parser, count, environment, one_line_errors, presets, show
 from rich.table import Table
 
 from kvjax import decode
+from kvjax.evaluate.bench.headline import MODELS, abstract_model
 from kvjax.evaluate.memory import abstract_cache
 from kvjax.model import cached
-from kvjax.model.config import ModelConfig
-from kvjax.model.llama import LoadedModel, weight_shapes
-from kvjax.model.rope import make_rope
 from kvjax.policy import preset
-
-MODELS = {
-    "llama-7b": ModelConfig(layers=32, width=4096, mlp_width=11008, q_heads=32, kv_heads=32, head_dim=128, vocab=32000),
-    "llama-3-8b": ModelConfig(
-        layers=32, width=4096, mlp_width=14336, q_heads=32, kv_heads=8, head_dim=128, vocab=128256
-    ),
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(name: str, args: argparse.Namespace) -> dict:
     """One preset's decode step, compiled for the default backend."""
     config = MODELS[args.model]
-    weights = {n: jax.ShapeDtypeStruct(shape, jnp.dtype(args.dtype)) for n, shape in weight_shapes(config).items()}
-    model = LoadedModel(weights, make_rope(config.head_dim, args.context), config)
+    model = abstract_model(config, args.context, args.dtype)
     shape = decode.CacheShape(config.layers, config.q_heads, config.kv_heads, config.head_dim, model.rope)
     cache = abstract_cache(name, preset(name), shape, args.context, jnp.dtype(args.dtype), batch=args.batch)
     token = jax.ShapeDtypeStruct((args.batch,), jnp.int32)

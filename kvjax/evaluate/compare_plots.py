@@ -17,7 +17,7 @@ CONTEXTS = (*(4096 << i for i in range(12)), 10_000_000)  # tokens: 4K to 8M, an
 DEVICE_BYTES = 80 << 30  # what is sold as 80 GB
 _UNCOMPRESSED = "uncompressed"
 
-_COLOURS = {
+COLOURS = {
     "kvquant": "#1f77b4", "kivi": "#ff7f0e", "asymkv": "#d62728", "alignedkv": "#2ca02c", "int": "#9467bd",
     "nf": "#e377c2", "fp": "#8c564b", "atom": "#17a2b8", "flexgen": "#b8860b", "pair": "#000000", _UNCOMPRESSED: "0.45",
 }  # fmt: skip
@@ -179,9 +179,9 @@ def _compressed(rows: Rows) -> list[Mapping[str, Any]]:
 
 def _colours(rows: Rows) -> dict[str, str]:
     """A colour for each family that is there: known ones have their own in every plot, grey is for the uncompressed."""
-    others = [f for f in dict.fromkeys(family(row["quant"]) for row in _compressed(rows)) if f not in _COLOURS]
+    others = [f for f in dict.fromkeys(family(row["quant"]) for row in _compressed(rows)) if f not in COLOURS]
     spare = ("#7b4173", "#637939", "#393b79", "#843c39")
-    return _COLOURS | {f: spare[i % len(spare)] for i, f in enumerate(others)}
+    return COLOURS | {f: spare[i % len(spare)] for i, f in enumerate(others)}
 
 
 def _fitting(nbytes: Sequence[int]) -> float:

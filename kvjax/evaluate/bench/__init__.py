@@ -1,0 +1,1 @@
+"""What `scripts/bench_decode.py` measures: attention over packed storage, decode steps, large contexts."""
