@@ -90,14 +90,20 @@ def compare(
 ) -> tuple[Error, Error]:
     """The error of an answer, and the error admitted; `position[B]` of the query where keys are stored before RoPE."""
     with _host():
-        one = [jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), x) for x in (q, k, v, first, last)]
-        q, k, v, first, last = one
-        layers, batch, blocks, heads, tokens, channels = shape_of(k)
-        size = specs.Shape(layers, batch, blocks, heads, q.shape[2], channels, tokens)
-        rotation = None if position is None else specs.rotation(size, position)
-        exact = reference.decode_attention(q, k, v, jnp.int32(layer), first, last, rotation)
-        bound = error(_rounded(q, k, v, layer, first, last, rotation), exact)
+        arrays = [jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), x) for x in (q, k, v, first, last, position)]
+        exact, plain = _both(jnp.int32(layer), *arrays)
+    bound = error(plain, exact)
     return error(got, exact), Error(*(2 * e + 1e-5 for e in bound))
+
+
+@jax.jit
+def _both(layer, q, k, v, first, last, position) -> tuple[Partial, Partial]:
+    """The definition, and the same in bfloat16."""
+    layers, batch, blocks, heads, tokens, channels = shape_of(k)
+    size = specs.Shape(layers, batch, blocks, heads, q.shape[2], channels, tokens)
+    rotation = None if position is None else specs.rotation(size, position)
+    arguments = (q, k, v, layer, first, last, rotation)
+    return reference.decode_attention(*arguments), _rounded(*arguments)
 
 
 def error(got: Partial, exact: Partial) -> Error:

@@ -103,7 +103,7 @@ def plot(rows: Rows, title: str, path: Path) -> None:
     with pyplot.rc_context({"svg.hashsalt": "kvjax", "font.size": 9}):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(16, max(5.0, 0.24 * len(names) + 1.5)))
         figure.suptitle(title, fontsize=9)
-        figure.tight_layout(rect=(0, 0, 0.98, 1), w_pad=9)  # room for the names at the right of each panel
+        figure.tight_layout(rect=(0, 0, 0.98, 1), w_pad=12)  # room for the names at the right of each panel
         for axis, (label, value, logarithmic) in zip(axes, panels):
             _panel(axis, rows, looks, value, logarithmic)
             axis.set(xlabel="tokens", ylabel=label)
@@ -139,16 +139,16 @@ def _panel(axis: Any, rows: Rows, looks: Mapping[str, Mapping[str, Any]], value:
     axis.set_xticks(contexts, [_tokens(n) for n in contexts])
     axis.minorticks_off()
     if logarithmic:
+        axis.yaxis.set_major_locator(plotting().matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda number, _: f"{number:,g}")
     axis.grid(True, color="0.92")
-    right = axis.get_xlim()[1]
-    heights = [axis.transData.transform((right, y))[1] for _, y in ends.values()]
+    heights = [axis.transData.transform(end)[1] for end in ends.values()]
     dots = axis.figure.dpi / 72
-    for (name, (x, y)), place in zip(ends.items(), labels.spread(heights, 10 * dots)):
+    for (name, end), at, place in zip(ends.items(), heights, labels.spread(heights, 10 * dots)):
         tint = looks[name]["color"]
         axis.annotate(
-            name, (x, y), (axis.transAxes.transform((1.04, 0))[0], place), textcoords="figure pixels", fontsize=8,
-            color=tint, va="center", annotation_clip=False,
+            name, end, (28, (place - at) / dots), textcoords="offset points", fontsize=8, color=tint, va="center",
+            annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": tint, "lw": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)},
         )  # fmt: skip
 
