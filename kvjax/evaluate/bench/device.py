@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from kvjax.targets import default_target, split
 from pallas_kernels.decode_attention.api import Implementation
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {"cpu": "xla_cpu", "gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
@@ -19,13 +20,8 @@ def implementation() -> Implementation:
 
 
 def chip() -> str:
-    """The generation of the default device as `api.decode_attention` takes it; "" where it has none or is unknown."""
-    device = jax.devices()[0]
-    if device.platform == "gpu":
-        return f"sm_{str(getattr(device, 'compute_capability', '')).replace('.', '')}"
-    kind = device.device_kind.lower().replace(" ", "")
-    names = {"v5lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6": "v6e", "7x": "7x"}  # the first that occurs
-    return next((chip for name, chip in names.items() if device.platform == "tpu" and name in kind), "")
+    """The generation of the default device as `api.decode_attention` takes it; "" where it has none."""
+    return split(default_target())[1]
 
 
 def memory_bytes() -> int:
