@@ -6,9 +6,11 @@ step before, as in a decode step. Nothing is timed whose answer is wrong (`accur
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -157,8 +159,11 @@ def _figures(name: str, ready: dict[str, Candidate], timed: dict[str, timing.Tim
 
 
 def _makers(names: Sequence[str], s: Settings, context: int) -> Iterator[tuple[str, Callable[[Row], Candidate]]]:
+    programs: dict[str, Callable[[], _Program]] = {n: functools.partial(_compile, n, s, context) for n in names}
+    if jax.default_backend() != "cpu":
+        programs = _compile_together(programs)
     for name in names:
-        yield name, functools.partial(_storage, name, s, context)
+        yield name, functools.partial(_storage, name, s, context, programs.pop(name))
     for name, make in rivals.candidates(s.shape(context), context, s.layers):
 
         def rival(row: Row, make=make) -> Candidate:
@@ -168,23 +173,52 @@ def _makers(names: Sequence[str], s: Settings, context: int) -> Iterator[tuple[s
         yield name, rival
 
 
-def _storage(name: str, s: Settings, context: int, row: Row) -> Candidate:
-    """Fills a storage, compiles its loop and checks its answer at both ends of the context."""
+class _Program(NamedTuple):
+    """The compiled loop of a storage: called with `q, k, v, first, last`."""
+
+    run: Callable[..., Partial]
+    shape: specs.Shape
+    steps: int
+
+
+def _compile(name: str, s: Settings, context: int) -> _Program:
     kinds, one = specs.STORAGES[name], _layer_bytes(name, s, context)
     layers = s.layers or max(1, -(-device.rotation_bytes() // one))
     steps = max(layers, min(512, -(-device.call_bytes() // one)))
     shape = s.shape(context, layers)
+    k, v = (jax.eval_shape(functools.partial(contents.fill, kind, shape, 0)) for kind in (kinds.keys, kinds.values))
+    api.check(k, v, s.group, s.implementation, s.chip, kinds.pre_rope)
+    q = jax.ShapeDtypeStruct((s.batch, s.heads, s.group, s.channels), jnp.float32)
+    rows = jax.ShapeDtypeStruct((s.batch,), jnp.int32)
+    run = jax.jit(functools.partial(loop, kinds, shape, context, steps, s.implementation, s.chip))
+    return _Program(run.lower(q, k, v, rows, rows).compile(), shape, steps)
+
+
+def _compile_together(programs: dict[str, Callable[[], _Program]]) -> dict[str, Callable[[], _Program]]:
+    """Compiles all at a time, before anything is timed: kernels take seconds each, and a lent machine is dear."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        futures = {name: pool.submit(program) for name, program in programs.items()}
+
+    def result(name: str) -> _Program:
+        # What went wrong is tried again alone, in case that it was the company.
+        return programs[name]() if futures[name].exception() else futures[name].result()
+
+    return {name: functools.partial(result, name) for name in programs}
+
+
+def _storage(name: str, s: Settings, context: int, program: Callable[[], _Program], row: Row) -> Candidate:
+    """Fills a storage and checks the compiled loop's answer at both ends of the context."""
+    kinds = specs.STORAGES[name]
+    run, shape, steps = program()
     k, v = (contents.fill(kind, shape, seed) for seed, kind in enumerate((kinds.keys, kinds.values)))
     q = jnp.asarray(specs.query(shape, np.random.default_rng(0)))
-    api.check(k, v, s.group, s.implementation, s.chip, kinds.pre_rope)
-    run = jax.jit(functools.partial(loop, kinds, shape, context, steps, s.implementation, s.chip))
     errors, rows = [], np.ones(s.batch, np.int32)
     for window in accuracy.windows(context):
         got = run(q, k, v, *(jnp.asarray(rows * x) for x in window))
         position = context if kinds.pre_rope else None
-        errors.append(accuracy.compare_window(got, q, k, v, (steps - 1) % layers, window, position))
+        errors.append(accuracy.compare_window(got, q, k, v, (steps - 1) % shape.layers, window, position))
     parts = contents.bytes_by_part(k, v, q, got)
-    row |= {"keys": describe(k), "values": describe(v), "layers": layers, "bytes": parts}
+    row |= {"keys": describe(k), "values": describe(v), "layers": shape.layers, "bytes": parts}
     _judge(row, *(accuracy.worst(list(side)) for side in zip(*errors)))
     first, last = jnp.asarray(rows * 0), jnp.asarray(rows * context)
     return Candidate(lambda: jax.block_until_ready(run(q, k, v, first, last)), steps, sum(parts.values()))

@@ -21,7 +21,7 @@ def timed(rows: Rows) -> list[Mapping[str, Any]]:
 
 def time_table(rows: Rows) -> Table:
     """A line for each storage and context, with its speed-up over every reference that was timed beside it."""
-    rows = timed(rows)
+    rows = sorted(timed(rows), key=lambda row: row["context"])
     against = list(dict.fromkeys(name for row in rows for name in row["speedup"]))
     table = Table(box=None, pad_edge=False)
     columns = ("tokens", "storage", "us", "spread", "MiB", "GB/s", "of read")
@@ -57,7 +57,7 @@ def bytes_table(rows: Rows) -> Table:
 def notes(rows: Rows) -> list[str]:
     """Ceilings of each context, and why a storage has no time."""
     said = []
-    for context in dict.fromkeys(row["context"] for row in timed(rows)):
+    for context in sorted({row["context"] for row in timed(rows)}):
         row = next(row for row in timed(rows) if row["context"] == context)
         said.append(
             f"{context:,} tokens: ceilings {row['read_gb_per_s']:,.1f} GB/s read, {row['copy_gb_per_s']:,.1f} copied; "
