@@ -59,12 +59,18 @@ class Settings:
 
 def check(settings: Settings) -> Iterator[Row]:
     """The error of each storage on a small case: rows of `storage, status, reason, error, bound`."""
+    shape = settings.shape(settings.block)
+
+    def case(name: str) -> Callable[[], Any]:
+        return accuracy.small_case(specs.STORAGES[name], shape, settings.implementation, settings.chip)
+
+    cases = _together({name: functools.partial(case, name) for name in settings.storages})
     for name in settings.storages:
-        yield _attempt(name, settings, functools.partial(_small, name, settings))[0]
+        yield _attempt(name, settings, functools.partial(_run_case, cases[name]))[0]
 
 
-def _small(name: str, s: Settings, row: Row) -> None:
-    _judge(row, *accuracy.check(specs.STORAGES[name], s.shape(s.block), s.implementation, s.chip))
+def _run_case(case: Callable[[], Any], row: Row) -> None:
+    _judge(row, *case()())
 
 
 def _attempt(name: str, settings: Settings, make: Callable[[Row], Any]) -> tuple[Row, Any]:
@@ -159,9 +165,7 @@ def _figures(name: str, ready: dict[str, Candidate], timed: dict[str, timing.Tim
 
 
 def _makers(names: Sequence[str], s: Settings, context: int) -> Iterator[tuple[str, Callable[[Row], Candidate]]]:
-    programs: dict[str, Callable[[], _Program]] = {n: functools.partial(_compile, n, s, context) for n in names}
-    if jax.default_backend() != "cpu":
-        programs = _compile_together(programs)
+    programs = _together({name: functools.partial(_compile, name, s, context) for name in names})
     for name in names:
         yield name, functools.partial(_storage, name, s, context, programs.pop(name))
     for name, make in rivals.candidates(s.shape(context), context, s.layers):
@@ -194,12 +198,14 @@ def _compile(name: str, s: Settings, context: int) -> _Program:
     return _Program(run.lower(q, k, v, rows, rows).compile(), shape, steps)
 
 
-def _compile_together(programs: dict[str, Callable[[], _Program]]) -> dict[str, Callable[[], _Program]]:
-    """Compiles all at a time, before anything is timed: kernels take seconds each, and a lent machine is dear."""
+def _together(programs: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """Compiles all at a time before anything runs, but on a CPU: a kernel takes seconds, and a lent machine is dear."""
+    if jax.default_backend() == "cpu":
+        return programs
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         futures = {name: pool.submit(program) for name, program in programs.items()}
 
-    def result(name: str) -> _Program:
+    def result(name: str) -> Any:
         # What went wrong is tried again alone, in case that it was the company.
         return programs[name]() if futures[name].exception() else futures[name].result()
 

@@ -16,6 +16,7 @@ from pallas_kernels.decode_attention import specs
 from pallas_kernels.decode_attention.formats import Dense, Format, Partial, shape_of
 
 _PIECE = 1 << 24  # elements made at a time: their random bits are a temporary
+_FEW = 1 << 18  # elements up to which a program is not worth compiling: made on the host
 
 
 def fill(kind: str, shape: specs.Shape, seed: int) -> Format:
@@ -24,17 +25,20 @@ def fill(kind: str, shape: specs.Shape, seed: int) -> Format:
     small = specs.make(kind, few, np.random.default_rng(seed))
     lead = (shape.layers, shape.batch, shape.blocks)
     leaves, structure = jax.tree.flatten(small)
-    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
     # What is fitted has no axes of rows and blocks: levels [L, n], ranges [L, K, 1, H].
     sizes = [(*lead, *x.shape[3:]) if x.ndim > 4 else (shape.layers, *x.shape[1:]) for x in leaves]
-    return jax.tree.unflatten(structure, [draw(key, x, size) for key, x, size in zip(keys, leaves, sizes)])
+    return jax.tree.unflatten(structure, [draw((seed, i), *xs) for i, xs in enumerate(zip(leaves, sizes))])
 
 
-def draw(key: jax.Array, sample: Any, shape: tuple[int, ...]) -> jax.Array:
+def draw(seed: int | tuple[int, ...], sample: Any, shape: tuple[int, ...]) -> jax.Array:
     """Rows (along the last axis) of `sample` at random, or random words where it is uint32."""
-    if 0 in shape:
-        return jnp.zeros(shape, sample.dtype)
-    return _draw(key, jnp.asarray(sample).reshape(-1, shape[-1]), shape)
+    sample, size = sample.reshape(-1, sample.shape[-1]), math.prod(shape)
+    rng = np.random.default_rng(seed)
+    if size > _FEW:
+        return _draw(jax.random.key(rng.integers(1 << 31), impl="rbg"), jnp.asarray(sample), shape)
+    if sample.dtype == jnp.uint32:
+        return jnp.asarray(rng.integers(0, 1 << 32, shape, np.uint32))
+    return jnp.asarray(np.asarray(sample)[rng.integers(0, len(sample), shape[:-1])])
 
 
 @functools.partial(jax.jit, static_argnames="shape")

@@ -55,8 +55,7 @@ def _arrays(shape: specs.Shape, context: int, dtype: Any, layers: int | None) ->
     count = layers or min(_MOST_LAYERS, -(-device.rotation_bytes() // one))
     rng = np.random.default_rng(1)
     sample = jnp.asarray(rng.standard_normal((4096, shape.channels)), dtype)
-    keys = jax.random.split(jax.random.key(1, impl="rbg"), 2 * count)
-    made = [contents.draw(key, sample, size) for key in keys]
+    made = [contents.draw((1, i), sample, size) for i in range(2 * count)]
     q = jnp.asarray(specs.query(shape, rng), dtype)
     return _Arrays(q, made[:count], made[count:], max(1, device.call_bytes() // (count * one)))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DEVICE_LOST = 3  # exit code of a check whose device answers no more
-_SILENCE_S = 90  # without a new row, after which a check hangs
+_SILENCE_S = 150  # without a new row, after which a check hangs
 _HEADLINE_S = 150
 
 
@@ -51,14 +51,19 @@ def run(
 def check(script: str, options: Sequence[str], storages: Sequence[str], path: Path) -> list[dict[str, Any]]:
     """Checks all storages, in as many processes as it takes; rows as of `attention.check`, which `path` holds."""
     rows: list[dict[str, Any]] = []
+    together = True
     part = path.with_suffix(".part.json")
     while left := [name for name in storages if name not in {row["storage"] for row in rows}]:
         part.unlink(missing_ok=True)
+        left = left if together else left[:1]
         arguments = [*options, "--check", "--quant", ",".join(left), "--json", str(part)]
         code = _part(script, arguments, _SILENCE_S, progress=lambda: len(_rows(part)))
         found = _rows(part)
         rows += found
         if len(found) < len(left) and (code != DEVICE_LOST or not found):
+            if together and not found:  # any of them, while they were compiled
+                together = False
+                continue
             why = "no answer" if code is None else f"the process ended with code {code}"
             rows.append({"storage": left[len(found)], "status": "failed", "reason": why})
     report = json.loads(part.read_text()) if part.is_file() else {}

@@ -77,7 +77,7 @@ def ceilings(nbytes: int) -> dict[str, Candidate]:
     """The device's memory at its best: "copy", x * 2 (as much written as read), and "read", a sum, of `nbytes`."""
     rows = max(1, nbytes // (4 * _ROW))
     sample = np.random.default_rng(0).standard_normal((64, _ROW)).astype(np.float32)
-    x = contents.draw(jax.random.key(0, impl="rbg"), sample, (rows, _ROW))
+    x = contents.draw(0, sample, (rows, _ROW))
     copy, read = jax.jit(lambda x: x * 2), jax.jit(lambda x: x.sum(-1))
     return {
         "copy": Candidate(lambda: jax.block_until_ready(copy(x)), 1, 2 * x.nbytes),
