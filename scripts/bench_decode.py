@@ -35,7 +35,7 @@ STORAGES = "kivi4,kivi2,kvquant4,kvquant3,kvquant2,int4,kvquant4-dense,kvquant2-
 # What matters most first, should the time end; one of them is no multiple of a block.
 CONTEXTS = {
     "cpu": [4096, 32768],
-    "gpu": [32768, 1 << 20, 4096, 262144, 100_003],
+    "gpu": [32768, 1 << 20, 4096, 100_003],
     "tpu": [32768, 1 << 20, 4096, 100_003],
 }
 

@@ -95,6 +95,7 @@ def test_large_contexts_are_checked_at_both_ends():
     assert accuracy.windows(8192) == [(0, 8192)]
     assert accuracy.windows(20_000) == [(0, 1000), (19_000, 20_000)]
     kinds, shape = specs.STORAGES["kvquant2"], specs.Shape(2, 1, 6, 1, 2, 32)
+    assert accuracy.blocks_of((0, 250), shape) == (0, 3) and accuracy.blocks_of((450, 700), shape) == (3, 3)
     rng = np.random.default_rng(0)
     k, v = (specs.make(kind, shape, rng) for kind in (kinds.keys, kinds.values))
     q, rows = jnp.asarray(specs.query(shape, rng)), np.ones(1, np.int32)
@@ -102,12 +103,13 @@ def test_large_contexts_are_checked_at_both_ends():
     first, last = (jnp.asarray(rows * n) for n in (450, 700))
     rotation = specs.rotation(shape, rows * 700)
     got = jax.jit(lambda *x: reference.decode_attention(*x, rotation))(q, *arrays, jnp.int32(1), first, last)
-    error, bound = accuracy.compare_window(got, q, k, v, 1, (450, 700), 700)
+    cut = [contents.cut(x, 1, 3, 3) for x in (k, v)]
+    error, bound = accuracy.compare_window(got, q, *cut, (450, 700), 3, 700)
     assert error.within(bound) and max(error) < 1e-4
-    elsewhere, _ = accuracy.compare_window(got, q, k, v, 1, (400, 700), 700)
+    elsewhere, _ = accuracy.compare_window(got, q, *cut, (400, 700), 3, 700)
     assert elsewhere.log_sum > 100 * error.log_sum
     broken = got._replace(acc=got.acc * jnp.nan)
-    assert accuracy.compare_window(broken, q, k, v, 1, (450, 700), 700)[0].output == np.inf
+    assert accuracy.compare_window(broken, q, *cut, (450, 700), 3, 700)[0].output == np.inf
 
 
 def test_times_are_taken_in_turn():

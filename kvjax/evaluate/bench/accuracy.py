@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.evaluate.bench import contents
 from pallas_kernels.decode_attention import api, reference, specs
 from pallas_kernels.decode_attention.formats import Format, Partial, shape_of
 
@@ -61,6 +60,7 @@ def small_case(
 
     rows = jax.ShapeDtypeStruct((2,), jnp.int32)
     program = jax.jit(attend).lower(*device, rows, rows).compile()
+    prepare(q, k, v, kinds.pre_rope)
 
     def run() -> tuple[Error, Error]:
         errors, bounds = [], []
@@ -80,18 +80,29 @@ def windows(context: int) -> list[tuple[int, int]]:
     return [(0, context)] if context <= _WHOLE else [(0, _END), (context - _END, context)]
 
 
+def blocks_of(window: tuple[int, int], shape: specs.Shape) -> tuple[int, int]:
+    """First of the blocks that hold a window, and their number: the same for all windows at an end."""
+    most = -(-(window[1] - window[0]) // shape.tokens) + 1
+    count = min(shape.blocks, most)
+    return min(window[0] // shape.tokens, shape.blocks - count), count
+
+
 def compare_window(
-    got: Partial, q: Any, k: Format, v: Format, layer: int, window: tuple[int, int], position: int | None
+    got: Partial, q: Any, k: Format, v: Format, window: tuple[int, int], start: int, position: int | None
 ) -> tuple[Error, Error]:
-    """As `compare` for an answer that saw the tokens `window` of all rows: only their blocks are decoded."""
-    tokens, rows = shape_of(k)[4], np.ones(len(q), np.int32)
-    start = window[0] // tokens
-    blocks = -(-window[1] // tokens) - start
+    """As `compare` for an answer that saw the tokens `window` of all rows, with k and v cut from block `start` on."""
+    before, rows = start * shape_of(k)[4], np.ones(len(q), np.int32)
     # Scores depend on the distance from the query alone, and angles are more exact near 0.
-    first, last = (rows * (x - start * tokens) for x in window)
-    moved = None if position is None else rows * (position - start * tokens)
-    k, v = (contents.cut(x, layer, start, blocks) for x in (k, v))
-    return compare(got, q, k, v, 0, first, last, moved)
+    moved = None if position is None else rows * (position - before)
+    return compare(got, q, k, v, 0, rows * (window[0] - before), rows * (window[1] - before), moved)
+
+
+def prepare(q: Any, k: Format, v: Format, rotates: bool) -> None:
+    """Compiles `compare` for arrays of these shapes (abstract ones will do), so that it takes no time later."""
+    with _host():
+        q, k, v = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (q, k, v))
+        row = jnp.zeros(len(q), jnp.int32)
+        _both(jnp.int32(0), q, k, v, row, row, row if rotates else None)
 
 
 def compare(

@@ -116,17 +116,18 @@ def measure(settings: Settings, say: Callable[[str], None], known: Sequence[Row]
     late = lambda: settings.seconds is not None and time.monotonic() - start > settings.seconds  # noqa: E731
     for context in settings.contexts:
         for group in _groups(names, settings, context):
-            yield list(_context(group, settings, context, ceilings, say, late))
+            if late():
+                why = f"after {settings.seconds:.0f} s"
+                yield [{"storage": n, "context": context, "status": "left out", "reason": why} for n in group]
+                continue
+            yield list(_context(group, settings, context, ceilings, say))
 
 
-def _context(names, settings, context, ceilings, say, late) -> Iterator[Row]:
+def _context(names, settings, context, ceilings, say) -> Iterator[Row]:
     """All candidates of one context, made one after the other and then timed in turn."""
     rows: dict[str, Row] = {}
     ready: dict[str, Candidate] = dict(ceilings)
     for name, make in _makers(names, settings, context):
-        if late():
-            rows[name] = {"storage": name, "status": "left out", "reason": f"after {settings.seconds:.0f} s"}
-            continue
         began = time.monotonic()
         row, candidate = _attempt(name, settings, make)
         rows[name] = row
@@ -178,8 +179,15 @@ def _makers(names: Sequence[str], s: Settings, context: int) -> Iterator[tuple[s
 
 
 class _Program(NamedTuple):
-    """The compiled loop of a storage: called with `q, k, v, first, last`."""
+    """What is compiled for a storage.
 
+    Attributes:
+      fill: makes k, v, and for each window of `accuracy.windows` the blocks of k and v that it is compared in.
+      run: the loop, called with `q, k, v, first, last`.
+      shape, steps: of the storage, and of the loop.
+    """
+
+    fill: Callable[[], tuple[Format, Format, list[tuple[Format, Format]]]]
     run: Callable[..., Partial]
     shape: specs.Shape
     steps: int
@@ -189,13 +197,20 @@ def _compile(name: str, s: Settings, context: int) -> _Program:
     kinds, one = specs.STORAGES[name], _layer_bytes(name, s, context)
     layers = s.layers or max(1, -(-device.rotation_bytes() // one))
     steps = max(layers, min(512, -(-device.call_bytes() // one)))
-    shape = s.shape(context, layers)
-    k, v = (jax.eval_shape(functools.partial(contents.fill, kind, shape, 0)) for kind in (kinds.keys, kinds.values))
+    shape, checked = s.shape(context, layers), (steps - 1) % layers
+
+    def fill():
+        sides = [contents.fill(kind, shape, seed) for seed, kind in enumerate((kinds.keys, kinds.values))]
+        places = [accuracy.blocks_of(window, shape) for window in accuracy.windows(context)]
+        return *sides, [tuple(contents.cut(x, checked, *place) for x in sides) for place in places]
+
+    k, v, cuts = jax.eval_shape(fill)
     api.check(k, v, s.group, s.implementation, s.chip, kinds.pre_rope)
     q = jax.ShapeDtypeStruct((s.batch, s.heads, s.group, s.channels), jnp.float32)
     rows = jax.ShapeDtypeStruct((s.batch,), jnp.int32)
     run = jax.jit(functools.partial(loop, kinds, shape, context, steps, s.implementation, s.chip))
-    return _Program(run.lower(q, k, v, rows, rows).compile(), shape, steps)
+    accuracy.prepare(q, cuts[0][0], cuts[0][1], kinds.pre_rope)
+    return _Program(jax.jit(fill).lower().compile(), run.lower(q, k, v, rows, rows).compile(), shape, steps)
 
 
 def _together(programs: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
@@ -215,14 +230,14 @@ def _together(programs: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], 
 def _storage(name: str, s: Settings, context: int, program: Callable[[], _Program], row: Row) -> Candidate:
     """Fills a storage and checks the compiled loop's answer at both ends of the context."""
     kinds = specs.STORAGES[name]
-    run, shape, steps = program()
-    k, v = (contents.fill(kind, shape, seed) for seed, kind in enumerate((kinds.keys, kinds.values)))
+    fill, run, shape, steps = program()
+    k, v, cuts = fill()
     q = jnp.asarray(specs.query(shape, np.random.default_rng(0)))
     errors, rows = [], np.ones(s.batch, np.int32)
-    for window in accuracy.windows(context):
+    for window, cut in zip(accuracy.windows(context), cuts):
         got = run(q, k, v, *(jnp.asarray(rows * x) for x in window))
-        position = context if kinds.pre_rope else None
-        errors.append(accuracy.compare_window(got, q, k, v, (steps - 1) % shape.layers, window, position))
+        position, start = context if kinds.pre_rope else None, accuracy.blocks_of(window, shape)[0]
+        errors.append(accuracy.compare_window(got, q, *cut, window, start, position))
     parts = contents.bytes_by_part(k, v, q, got)
     row |= {"keys": describe(k), "values": describe(v), "layers": shape.layers, "bytes": parts}
     _judge(row, *(accuracy.worst(list(side)) for side in zip(*errors)))

@@ -15,7 +15,6 @@ import numpy as np
 from pallas_kernels.decode_attention import specs
 from pallas_kernels.decode_attention.formats import Dense, Format, Partial, shape_of
 
-_PIECE = 1 << 24  # elements made at a time: their random bits are a temporary
 _FEW = 1 << 18  # elements up to which a program is not worth compiling: made on the host
 
 
@@ -32,39 +31,37 @@ def fill(kind: str, shape: specs.Shape, seed: int) -> Format:
 
 def draw(seed: int | tuple[int, ...], sample: Any, shape: tuple[int, ...]) -> jax.Array:
     """Rows (along the last axis) of `sample` at random, or random words where it is uint32."""
-    sample, size = sample.reshape(-1, sample.shape[-1]), math.prod(shape)
+    sample = sample.reshape(-1, sample.shape[-1])
     rng = np.random.default_rng(seed)
-    if size > _FEW:
-        return _draw(jax.random.key(rng.integers(1 << 31), impl="rbg"), jnp.asarray(sample), shape)
+    if math.prod(shape) > _FEW:
+        return _draw(jnp.uint32(rng.integers(1 << 32)), jnp.asarray(sample), shape)
     if sample.dtype == jnp.uint32:
         return jnp.asarray(rng.integers(0, 1 << 32, shape, np.uint32))
     return jnp.asarray(np.asarray(sample)[rng.integers(0, len(sample), shape[:-1])])
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _draw(key, sample, shape):
-    lead, last = math.prod(shape[:3]) if len(shape) > 3 else shape[0], shape[-1]
-    if len(shape) == 1:
-        lead = 1
-    rows = math.prod(shape) // (lead * last)  # of one piece at least
-    most = max(1, _PIECE // (rows * last))
-    per = next(n for n in range(min(most, lead), 0, -1) if lead % n == 0) * rows
+def _draw(seed, sample, shape):
+    # A hash of the place: nothing is kept beside the result, and on GPU it compiles six times faster than JAX's bits.
+    rows, last = math.prod(shape[:-1]), shape[-1]
+    row = _mixed(jax.lax.broadcasted_iota(jnp.uint32, (rows, 1), 0) ^ seed)
+    if sample.dtype == jnp.uint32:
+        return _mixed(row + jax.lax.broadcasted_iota(jnp.uint32, (1, last), 1)).reshape(shape)
+    return sample[(row[:, 0] % jnp.uint32(len(sample))).astype(jnp.int32)].reshape(shape)
 
-    def piece(key):
-        if sample.dtype == jnp.uint32:
-            return jax.random.bits(key, (per, last), jnp.uint32)
-        index = jax.random.bits(key, (per,), jnp.uint32) % jnp.uint32(len(sample))
-        return sample[index.astype(jnp.int32)]
 
-    return jax.lax.map(piece, jax.random.split(key, lead * rows // per)).reshape(shape)
+def _mixed(x: jax.Array) -> jax.Array:
+    """MurmurHash3's finalizer (Appleby, public domain): every bit of uint32 `x` changes half of the result's."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return x ^ (x >> jnp.uint32(16))
 
 
 def cut(x: Format, layer: int, start: int, blocks: int) -> Format:
-    """Blocks `start` to `start + blocks` of one layer, as storage of its own on the host."""
+    """Blocks `start` to `start + blocks` of one layer, as storage of its own."""
 
     def take(leaf):
-        one = leaf[layer : layer + 1]
-        return np.asarray(one[:, :, start : start + blocks] if leaf.ndim > 4 else one)
+        return leaf[layer : layer + 1, :, start : start + blocks] if leaf.ndim > 4 else leaf[layer : layer + 1]
 
     return jax.tree.map(take, x)
 
