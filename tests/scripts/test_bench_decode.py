@@ -131,6 +131,12 @@ def test_headline(main, tmp_path, capsys):
     assert figures["path"] and "kvquant2-dense, one row of 300 tokens" in capsys.readouterr().out
 
 
+def test_a_headline_that_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch):
+    monkeypatch.setattr(device, "memory_bytes", lambda: 1 << 20)
+    with pytest.raises(ValueError, match=r"kvquant2-dense needs 0\.\d\d GiB, but JAX gives 0\.00; use fewer tokens"):
+        headline.measure("small", "kvquant2-dense", 300, 3, layers=1)
+
+
 def test_a_random_cache_is_like_an_empty_one(quant="kvquant3"):
     model = headline.abstract_model(dataclasses.replace(headline.MODELS["small"], layers=1), 300, jnp.bfloat16)
     shape = headline._shape(model)

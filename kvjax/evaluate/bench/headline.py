@@ -54,9 +54,11 @@ def random_model(config: ModelConfig, tokens: int, dtype: Any) -> LoadedModel:
     return LoadedModel(state, make_rope(config.head_dim, tokens), config)
 
 
-def random_cache(name: str, shape: decode.CacheShape, tokens: int, dtype: Any, length: int) -> decode.KVCache:
+def random_cache(
+    name: str, shape: decode.CacheShape, tokens: int, dtype: Any, length: int, block: int = 128
+) -> decode.KVCache:
     """What `decode.init_cache` would make for one row, filled as if it held `length` tokens."""
-    empty = abstract_cache(name, preset(name), shape, tokens, dtype)
+    empty = abstract_cache(name, preset(name), shape, tokens, dtype, block=block)
     rng = np.random.default_rng(1)
     seed = iter(range(1 << 30))
 
@@ -102,7 +104,13 @@ def _params(specs: Any, rng: np.random.Generator) -> Any:
 
 
 def measure(
-    model_name: str, quant: str, tokens: int, rounds: int, layers: int | None = None, say: Callable[[str], None] = print
+    model_name: str,
+    quant: str,
+    tokens: int,
+    rounds: int,
+    layers: int | None = None,
+    block: int = 128,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Milliseconds per token at the end of a context of `tokens`, and memory.
 
@@ -112,7 +120,9 @@ def measure(
     config, dtype = MODELS[model_name], jnp.bfloat16
     config = dataclasses.replace(config, layers=layers or config.layers)
     steps = rounds + _WARM_UP
-    empty = abstract_cache(quant, preset(quant), _shape(abstract_model(config, tokens, dtype)), tokens, dtype)
+    empty = abstract_cache(
+        quant, preset(quant), _shape(abstract_model(config, tokens, dtype)), tokens, dtype, block=block
+    )
     start = _start(empty, tokens, steps)
     analysis = _compiled_memory(config, tokens, dtype, empty)
     limit = device.memory_bytes()
@@ -120,12 +130,12 @@ def measure(
     if needed > limit:
         raise ValueError(
             f"`headline_tokens={tokens}`: a decode step of {model_name} with {quant} needs {needed / 2**30:.2f} GiB, "
-            f"but the device gives {limit / 2**30:.2f}; use fewer tokens or layers."
+            f"but JAX gives {limit / 2**30:.2f}; use fewer tokens or layers, or XLA_PYTHON_CLIENT_MEM_FRACTION=.98."
         )
     say(f"compiled for {needed / 2**30:.2f} of {limit / 2**30:.2f} GiB")
     ceiling = _read_ceiling()
     # The cache first: its arrays are the largest, and the allocator has not been cut up yet.
-    cache = random_cache(quant, _shape(abstract_model(config, tokens, dtype)), tokens, dtype, start)
+    cache = random_cache(quant, _shape(abstract_model(config, tokens, dtype)), tokens, dtype, start, block)
     model = random_model(config, tokens, dtype)
     jax.block_until_ready((model, cache))
     say(f"filled {decode.nbytes(cache) / 2**30:.2f} GiB of cache")
