@@ -1,0 +1,156 @@
+"""Sizes of a TPU decode-attention kernel and how stored arrays reach it: runs, chunks, operands.
+
+A *run* is one or more whole blocks whose tokens are scored by one matrix product; a *chunk* is what one grid step
+fetches: several runs of one row and kv head. The chunks of a row start at the block of its first token, and the last
+one is moved back to end with the storage, so nothing out of bounds is ever read; tokens seen twice are masked once.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.decode_attention.formats import Format, shape_of
+
+LANES = 128
+SUBLANES = 8
+CHUNK_BYTES = 1 << 20  # of keys and values per grid step, where the context is that long
+UNROLLED_TOKENS = 1024  # the scheduler overlaps this many tokens
+
+
+class Operand(NamedTuple):
+    """An array in HBM and the part of it that a grid step sees."""
+
+    array: Any
+    spec: pl.BlockSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static sizes.
+
+    Attributes:
+      chip: generation, or "" for what all of them can do.
+      batch, blocks, heads, tokens, channels: B, N, K, T, H of the storage.
+      rows: query heads of one kv head, padded to whole sublanes.
+      unit: blocks per run.
+      runs: runs per chunk.
+      unroll: runs per iteration of the loops over a chunk; divides `runs`.
+    """
+
+    chip: str
+    batch: int
+    blocks: int
+    heads: int
+    tokens: int
+    channels: int
+    rows: int
+    unit: int
+    runs: int
+    unroll: int
+
+    @property
+    def run_tokens(self) -> int:
+        return self.unit * self.tokens
+
+    @property
+    def chunk_blocks(self) -> int:
+        return self.unit * self.runs
+
+    @property
+    def steps(self) -> int:
+        """Chunks of a row that uses all of its blocks."""
+        return pl.cdiv(self.blocks, self.chunk_blocks)
+
+    def count(self, first: jax.Array, last: jax.Array) -> jax.Array:
+        """Chunks that hold tokens first <= t < last; 0 where there are none."""
+        chunks = (
+            lax.div(last - self.begin(first) * self.tokens - 1, jnp.full_like(last, self.chunk_blocks * self.tokens))
+            + 1
+        )
+        return jnp.where(last > first, chunks, 0)
+
+    def begin(self, first: jax.Array) -> jax.Array:
+        """The block of token `first`, which is not negative."""
+        return lax.div(first, jnp.full_like(first, self.tokens))
+
+    def start(self, first: jax.Array, chunk: jax.Array | int) -> jax.Array:
+        """The first block that chunk number `chunk` of a row holds."""
+        return jnp.minimum(self.begin(first) + chunk * self.chunk_blocks, self.blocks - self.chunk_blocks)
+
+    def starts(self, first: jax.Array) -> jax.Array:
+        """`[B, steps]` int32: the first token each chunk of each row holds, for operands made per chunk."""
+        chunk = jnp.arange(self.steps, dtype=jnp.int32)
+        return self.start(first[:, None], chunk[None]) * self.tokens
+
+    def stored(self, array: jax.Array) -> Operand:
+        """The blocks of a chunk, `[chunk_blocks, ...]`, of storage `[L, B, N, K or 1, ...]`."""
+        shared = array.shape[3] == 1
+        inner = [pl.Element(n) for n in array.shape[4:]]
+
+        def index(b, k, c, layer, first, last):
+            used = jnp.clip(c, 0, jnp.maximum(self.count(first[b], last[b]) - 1, 0))
+            return layer[0], b, self.start(first[b], used), 0 if shared else k, *(0 for _ in inner)
+
+        squeezed = pl.Squeezed()
+        return Operand(
+            array, pl.BlockSpec((squeezed, squeezed, pl.Element(self.chunk_blocks), squeezed, *inner), index)
+        )
+
+    def per_chunk(self, array: jax.Array) -> Operand:
+        """`array[b, chunk]` of `[B, steps, ...]`, as numbered by `starts`."""
+        return _operand(array, 2, lambda b, k, c, *_: (b, c))
+
+    def per_head(self, array: jax.Array) -> Operand:
+        """`array[layer, head]` of `[L, K, ...]`."""
+        return _operand(array, 2, lambda b, k, c, layer, *_: (layer[0], k))
+
+    def per_layer(self, array: jax.Array) -> Operand:
+        """`array[layer]` of `[L, ...]`."""
+        return _operand(array, 1, lambda b, k, c, layer, *_: (layer[0],))
+
+    def constant(self, array: Any) -> Operand:
+        """All of a small array."""
+        return _operand(jnp.asarray(array), 0, lambda *_: ())
+
+
+def _operand(array: jax.Array, leading: int, lead_index: Callable[..., tuple]) -> Operand:
+    inner = array.shape[leading:]
+
+    def index(*args):
+        return (*lead_index(*args), *(0 for _ in inner))
+
+    return Operand(array, pl.BlockSpec((None,) * leading + inner, index))
+
+
+def make_plan(k: Format, v: Format, group: int, chip: str, chunk_tokens: int = 0) -> Plan:
+    """Sizes for a pair of storages.
+
+    Args:
+      group: query heads per kv head.
+      chunk_tokens: tokens per grid step; 0 lets the size follow from the bytes.
+    """
+    _, batch, blocks, heads, tokens, channels = shape_of(k)
+    width = 256 if chip in ("v6e", "7x") else 128  # tokens that one matrix unit takes at a time
+    unit = min(max(1, width // tokens), blocks)
+    if not chunk_tokens:
+        chunk_tokens = CHUNK_BYTES * 8 // (channels * (_bits(k) + _bits(v)))
+        # A short context is cut in at least four, so that fetching and computing overlap.
+        chunk_tokens = min(chunk_tokens, max(512, blocks * tokens // 4))
+    runs = max(1, min(chunk_tokens // (unit * tokens), blocks // unit))
+    unroll = max(1, UNROLLED_TOKENS // (unit * tokens))
+    if runs >= unroll:
+        runs -= runs % unroll
+    else:
+        unroll = runs
+    rows = pl.cdiv(group, SUBLANES) * SUBLANES
+    return Plan(chip, batch, blocks, heads, tokens, channels, rows, unit, runs, unroll)
+
+
+def _bits(x: Format) -> int:
+    """Bits of a code; metadata is not counted."""
+    return getattr(x, "bits", 16)

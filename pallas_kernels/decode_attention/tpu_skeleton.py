@@ -1,0 +1,274 @@
+"""The TPU decode-attention kernel: flash decoding over chunks of packed blocks, with a decoder for each storage.
+
+The grid is (row, kv head, chunk of the context). Per chunk, all runs are scored first; the maximum is updated once;
+then each run's weights meet its values. Scores are in units of log 2: the query is multiplied by log2(e) on the way
+in. Decoders see the chunk in VMEM and choose in which *order* they have the tokens of a run: attention does not care,
+as long as keys, values, masks and per-token metadata agree. Where the orders of keys and values differ, the skeleton
+permutes the weights.
+
+A decoder works on `refs`: its operands' blocks, in the order of `operands()`, and then its scratch.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention.formats import Partial
+from pallas_kernels.decode_attention.tpu_plan import LANES, Operand, Plan
+
+EMPTY = -1e30
+LOG2_E = float(np.log2(np.e))
+Refs = Any  # a list of refs
+Loaded = tuple[jax.Array, ...]
+
+
+class Step(NamedTuple):
+    """Where the grid is: traced int32 scalars. `block` is the first block of the chunk."""
+
+    row: jax.Array
+    head: jax.Array
+    chunk: jax.Array
+    block: jax.Array
+
+
+class KeyDecoder(Protocol):
+    """Turns stored keys into scores.
+
+    Attributes:
+      order: int array `[run_tokens]`: which token of a run stands at each position. Every run has the same.
+    """
+
+    @property
+    def order(self) -> np.ndarray: ...
+
+    def operands(self) -> list[Operand]:
+        """Arrays to fetch (see `Plan`)."""
+
+    def scratch(self) -> list[Any]:
+        """VMEM scratch, as `pltpu.VMEM(shape, dtype)`."""
+
+    def start(self, refs: Refs, q: jax.Array) -> None:
+        """Once per row and kv head, before its first chunk: tables, folded queries.
+
+        Args:
+          q: `[R, H]` float32, times softmax scale and log2(e); rows beyond the query heads are zero.
+        """
+
+    def chunk(self, refs: Refs, step: Step, q: jax.Array) -> None:
+        """Once per chunk: metadata, queries rotated to the chunk."""
+
+    def scores(self, refs: Refs, run: jax.Array) -> jax.Array:
+        """`[R, run_tokens]` float32 of one run (a traced index within the chunk), tokens in `order`."""
+
+
+class ValueDecoder(Protocol):
+    """Adds weighted values up.
+
+    Attributes:
+      order: as of keys; weights arrive in this order.
+    """
+
+    @property
+    def order(self) -> np.ndarray: ...
+
+    def operands(self) -> list[Operand]: ...
+
+    def scratch(self) -> list[Any]: ...
+
+    def accumulators(self) -> list[tuple[int, int]]:
+        """Shapes of the float32 sums over tokens: rows are a multiple of R, query heads varying fastest."""
+
+    def start(self, refs: Refs) -> None: ...
+
+    def chunk(self, refs: Refs, step: Step) -> None: ...
+
+    def add(self, refs: Refs, run: jax.Array, p: jax.Array, sums: Loaded) -> Loaded:
+        """The sums plus those of one run with weights `p[R, run_tokens]` (float32; 0 where masked)."""
+
+    def finish(self, refs: Refs, sums: Loaded) -> jax.Array:
+        """`[R, H]` from the sums over all tokens."""
+
+
+def decode(
+    q: jax.Array,
+    keys: KeyDecoder,
+    values: ValueDecoder,
+    plan: Plan,
+    layer: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    interpret: Any,
+) -> Partial:
+    """Runs the kernel; arguments as of `api.decode_attention`."""
+    batch, heads, group, channels = q.shape
+    q = jnp.pad(q * LOG2_E, ((0, 0), (0, 0), (0, plan.rows - group), (0, 0)))
+    first, last = jnp.maximum(first, 0), jnp.minimum(last, plan.blocks * plan.tokens)
+    used = jnp.maximum(plan.count(first, last).max(), 1)  # grid steps: as many as the longest row needs
+    fixed = _fixed_operands(keys, values, plan)
+    operands = [*fixed, *keys.operands(), *values.operands()]
+    scratch = [
+        *(pltpu.VMEM((plan.rows, LANES), jnp.float32) for _ in range(2)),
+        pltpu.VMEM((plan.runs, plan.rows, plan.run_tokens), jnp.float32),
+        *(pltpu.VMEM(shape, jnp.float32) for shape in values.accumulators()),
+        *keys.scratch(),
+        *values.scratch(),
+    ]
+    counts = [len(fixed), len(keys.operands()), len(values.operands()), 3, 3]
+    counts += [len(values.accumulators()), len(keys.scratch()), len(values.scratch())]
+    head_spec = pl.BlockSpec((None, None, plan.rows, channels), lambda b, k, c, *_: (b, k, 0, 0))
+    row_spec = pl.BlockSpec((None, None, plan.rows, LANES), lambda b, k, c, *_: (b, k, 0, 0))
+    acc, top, total = pl.pallas_call(
+        functools.partial(_kernel, keys=keys, values=values, plan=plan, counts=counts),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(batch, heads, used),
+            in_specs=[head_spec, *(x.spec for x in operands)],
+            out_specs=[head_spec, row_spec, row_spec],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, plan.rows, width), jnp.float32) for width in (channels, LANES, LANES)
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="decode_attention",
+    )(layer.reshape(1), first, last, q, *(x.array for x in operands))
+    # Back from log 2; the maximum of a row that saw nothing is left as it is.
+    top = jnp.where(top == EMPTY, EMPTY, top / LOG2_E)
+    return Partial(acc[:, :, :group], top[:, :, :group, 0], total[:, :, :group, 0])
+
+
+def _fixed_operands(keys: KeyDecoder, values: ValueDecoder, plan: Plan) -> list[Operand]:
+    """The token at each position, `[R, run_tokens]`, and, if the orders differ, the permutation between them."""
+    token = np.broadcast_to(np.asarray(keys.order, np.int32), (plan.rows, plan.run_tokens))
+    fixed = [plan.constant(token)]
+    if not np.array_equal(keys.order, values.order):
+        matrix = np.asarray(keys.order)[:, None] == np.asarray(values.order)[None, :]
+        fixed.append(plan.constant(jnp.asarray(matrix, jnp.bfloat16)))
+    return fixed
+
+
+@dataclasses.dataclass
+class _Own:
+    """The skeleton's refs: running maximum and sum (lane-replicated), scores of a chunk, sums of the values."""
+
+    top: Any
+    total: Any
+    scores: Any
+    sums: Any
+    token: Any
+    permutation: Any
+
+
+def _kernel(layer, first, last, q_ref, *refs, keys, values, plan: Plan, counts):
+    fixed, key_in, value_in, out, own, sums, key_scratch, value_scratch = _split(refs, counts)
+    key_refs, value_refs = [*key_in, *key_scratch], [*value_in, *value_scratch]
+    own = _Own(own[0], own[1], own[2], sums, fixed[0], fixed[1] if len(fixed) > 1 else None)
+    b, k, c = (pl.program_id(axis) for axis in range(3))
+    begin, end = first[b], last[b]
+    step = Step(b, k, c, plan.start(begin, c))
+
+    @pl.when(c == 0)
+    def _():
+        own.top[...] = jnp.full_like(own.top, EMPTY)
+        for ref in (own.total, *sums):
+            ref[...] = jnp.zeros_like(ref)
+        keys.start(key_refs, q_ref[...])
+        values.start(value_refs)
+
+    @pl.when(c < plan.count(begin, end))
+    def _():
+        keys.chunk(key_refs, step, q_ref[...])
+        values.chunk(value_refs, step)
+        # A chunk that was moved back holds tokens of the one before.
+        seen_from = jnp.maximum(begin, (plan.begin(begin) + c * plan.chunk_blocks) * plan.tokens)
+        offset = step.block * plan.tokens
+        _score(keys, key_refs, own, plan, seen_from - offset, end - offset)
+        _weigh(values, value_refs, own, plan)
+
+    @pl.when(c == pl.num_programs(2) - 1)
+    def _():
+        out[0][...] = values.finish(value_refs, tuple(ref[...] for ref in sums))
+        out[1][...] = own.top[...]
+        out[2][...] = own.total[...]
+
+
+def _score(keys: KeyDecoder, refs: Refs, own: _Own, plan: Plan, begin: jax.Array, end: jax.Array) -> None:
+    """Masked scores of the chunk into scratch; the running maximum, and what it rescales."""
+
+    def run_scores(run, top):
+        token = own.token[...] + run * plan.run_tokens
+        scores = jnp.where((token >= begin) & (token < end), keys.scores(refs, run), EMPTY)
+        own.scores[run] = scores
+        return jnp.maximum(top, scores)
+
+    top = _over_runs(plan, run_scores, jnp.full((plan.rows, plan.run_tokens), EMPTY, jnp.float32))
+    before = own.top[...]
+    own.top[...] = jnp.maximum(before, jnp.max(top, axis=1, keepdims=True))
+    shrink = jnp.exp2(before - own.top[...])
+    own.total[...] *= shrink
+    for ref in own.sums:
+        columns = _columns(shrink, ref.shape[1])
+        ref[...] *= jnp.concatenate([columns] * (ref.shape[0] // plan.rows), axis=0)
+
+
+def _weigh(values: ValueDecoder, refs: Refs, own: _Own, plan: Plan) -> None:
+    """Adds the chunk's weights and weighted values to the running sums."""
+    top = _columns(own.top[...], plan.run_tokens)
+    zeros = jnp.zeros((plan.rows, plan.run_tokens), jnp.float32)
+
+    def weights(run):
+        return jnp.exp2(own.scores[run] - top)
+
+    if own.permutation is not None:
+
+        def permute(run, total):
+            p = weights(run)
+            # Exact but for P's rounding to bf16, which the product with V needs anyway.
+            own.scores[run] = jnp.dot(p.astype(jnp.bfloat16), own.permutation[...], preferred_element_type=jnp.float32)
+            return total + p
+
+        total = _over_runs(plan, permute, zeros)
+
+    def add(run, carry):
+        total, sums = carry
+        if own.permutation is not None:
+            return total, values.add(refs, run, own.scores[run], sums)
+        p = weights(run)
+        return total + p, values.add(refs, run, p, sums)
+
+    total, sums = _over_runs(
+        plan, add, (zeros if own.permutation is None else total, tuple(ref[...] for ref in own.sums))
+    )
+    own.total[...] += jnp.sum(total, axis=1, keepdims=True)
+    for ref, x in zip(own.sums, sums):
+        ref[...] = x
+
+
+def _over_runs(plan: Plan, body, carry):
+    def several(i, carry):
+        for j in range(plan.unroll):
+            carry = body(i * plan.unroll + j, carry)
+        return carry
+
+    return lax.fori_loop(0, plan.runs // plan.unroll, several, carry)
+
+
+def _columns(x: jax.Array, width: int) -> jax.Array:
+    """A lane-replicated `[R, 128]` as `[R, width]`."""
+    return jnp.broadcast_to(x[:, :1], (x.shape[0], width))
+
+
+def _split(refs, counts):
+    parts, at = [], 0
+    for n in counts:
+        parts.append(list(refs[at : at + n]))
+        at += n
+    return parts
