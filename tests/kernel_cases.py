@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_attention import formats, specs
+from pallas_kernels.decode_attention import formats, reference, specs
 
 EMPTY = float(np.float32(-1e30))
 
@@ -75,6 +75,29 @@ def attend(q, k, v, layer, first, last, position=None, theta=10000.0):
     total = p.sum(-1)
     with np.errstate(divide="ignore"):
         return np.einsum("bkgt,bkth->bkgh", p, values) / np.maximum(total, 1e-300)[..., None], np.log(total) + top
+
+
+def low_precision(arguments, dtype) -> formats.Partial:
+    """The plain evaluation that kernels are measured by: q, K, V and P rounded to `dtype`, sums in float32."""
+
+    def rounded(x):
+        return x.astype(dtype).astype(jnp.float32)
+
+    q, layer, rotation = arguments["q"], arguments["layer"], arguments["rotation"]
+    keys, values = (reference.dequantize(arguments[x], layer).swapaxes(1, 2) for x in "kv")
+    B, K, N, T, H = keys.shape
+    keys, values = (x.reshape(B, K, N * T, H) for x in (keys, values))
+    token = jnp.arange(N * T, dtype=jnp.int32)
+    if rotation is not None:
+        keys = reference.rotate(keys, *(x[None, None] for x in rotation.angles(token)))
+        q = reference.rotate(q, *(x[:, None, None] for x in rotation.angles(rotation.position)))
+    scores = jnp.einsum("bkgh,bkth->bkgt", rounded(q), rounded(keys), precision="highest")
+    first, last = (arguments[x][:, None, None, None] for x in ("first", "last"))
+    token = token[None, None, None]
+    seen = (token >= first) & (token < last)
+    top = jnp.where(seen, scores, EMPTY).max(-1)
+    p = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
+    return formats.Partial(jnp.einsum("bkgt,bkth->bkgh", rounded(p), rounded(values), precision="highest"), top, p.sum(-1))
 
 
 def rotate(x, angle):

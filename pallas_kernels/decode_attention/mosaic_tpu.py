@@ -4,7 +4,9 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.decode_attention.formats import Dense, Format, Partial, Rotation
+from pallas_kernels.decode_attention.formats import Affine, Dense, Format, Partial, Rotation
+from pallas_kernels.decode_attention.tpu_affine_keys import KeysPerChannel, KeysPerToken
+from pallas_kernels.decode_attention.tpu_affine_values import ValuesPerToken
 from pallas_kernels.decode_attention.tpu_dense import DenseKeys, DenseValues
 from pallas_kernels.decode_attention.tpu_plan import Plan, make_plan
 from pallas_kernels.decode_attention.tpu_skeleton import KeyDecoder, ValueDecoder, decode
@@ -41,5 +43,9 @@ def _decoders(k: Format, v: Format, plan: Plan) -> tuple[KeyDecoder, ValueDecode
     return KEYS[type(k)](k, plan), VALUES[type(v)](v, plan)
 
 
-KEYS: dict[type, Any] = {Dense: DenseKeys}
-VALUES: dict[type, Any] = {Dense: DenseValues}
+def affine_keys(fmt: Affine, plan: Plan) -> KeyDecoder:
+    return (KeysPerChannel if fmt.along == "tokens" else KeysPerToken)(fmt, plan)
+
+
+KEYS: dict[type, Any] = {Dense: DenseKeys, Affine: affine_keys}
+VALUES: dict[type, Any] = {Dense: DenseValues, Affine: ValuesPerToken}

@@ -11,9 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.formats import Dense
 from pallas_kernels.decode_attention.tpu_plan import Plan
-from pallas_kernels.decode_attention.tpu_skeleton import Loaded, Refs, Step
-
-CONTRACT_LANES = (((1,), (1,)), ((), ()))  # x @ y.T
+from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Loaded, Refs, Step
 
 
 @dataclasses.dataclass(frozen=True)

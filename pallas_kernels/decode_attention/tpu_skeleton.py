@@ -24,6 +24,7 @@ from pallas_kernels.decode_attention.formats import Partial
 from pallas_kernels.decode_attention.tpu_plan import LANES, Operand, Plan
 
 EMPTY = -1e30
+CONTRACT_LANES = (((1,), (1,)), ((), ()))  # x @ y.T
 LOG2_E = float(np.log2(np.e))
 Refs = Any  # a list of refs
 Loaded = tuple[jax.Array, ...]
@@ -209,7 +210,7 @@ def _score(keys: KeyDecoder, refs: Refs, own: _Own, plan: Plan, begin: jax.Array
         own.scores[run] = scores
         return jnp.maximum(top, scores)
 
-    top = _over_runs(plan, run_scores, jnp.full((plan.rows, plan.run_tokens), EMPTY, jnp.float32))
+    top = over_runs(plan, run_scores, jnp.full((plan.rows, plan.run_tokens), EMPTY, jnp.float32))
     before = own.top[...]
     own.top[...] = jnp.maximum(before, jnp.max(top, axis=1, keepdims=True))
     shrink = jnp.exp2(before - own.top[...])
@@ -235,7 +236,7 @@ def _weigh(values: ValueDecoder, refs: Refs, own: _Own, plan: Plan) -> None:
             own.scores[run] = jnp.dot(p.astype(jnp.bfloat16), own.permutation[...], preferred_element_type=jnp.float32)
             return total + p
 
-        total = _over_runs(plan, permute, zeros)
+        total = over_runs(plan, permute, zeros)
 
     def add(run, carry):
         total, sums = carry
@@ -244,7 +245,7 @@ def _weigh(values: ValueDecoder, refs: Refs, own: _Own, plan: Plan) -> None:
         p = weights(run)
         return total + p, values.add(refs, run, p, sums)
 
-    total, sums = _over_runs(
+    total, sums = over_runs(
         plan, add, (zeros if own.permutation is None else total, tuple(ref[...] for ref in own.sums))
     )
     own.total[...] += jnp.sum(total, axis=1, keepdims=True)
@@ -252,7 +253,9 @@ def _weigh(values: ValueDecoder, refs: Refs, own: _Own, plan: Plan) -> None:
         ref[...] = x
 
 
-def _over_runs(plan: Plan, body, carry):
+def over_runs(plan: Plan, body, carry):
+    """`carry = body(run, carry)` for the runs of a chunk."""
+
     def several(i, carry):
         for j in range(plan.unroll):
             carry = body(i * plan.unroll + j, carry)
