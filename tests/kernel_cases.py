@@ -97,7 +97,9 @@ def low_precision(arguments, dtype) -> formats.Partial:
     seen = (token >= first) & (token < last)
     top = jnp.where(seen, scores, EMPTY).max(-1)
     p = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
-    return formats.Partial(jnp.einsum("bkgt,bkth->bkgh", rounded(p), rounded(values), precision="highest"), top, p.sum(-1))
+    return formats.Partial(
+        jnp.einsum("bkgt,bkth->bkgh", rounded(p), rounded(values), precision="highest"), top, p.sum(-1)
+    )
 
 
 def rotate(x, angle):

@@ -1,23 +1,57 @@
-"""TPU: one Pallas kernel (`tpu_skeleton`) and a decoder per storage."""
+"""TPU: one Pallas kernel (`tpu_skeleton`) and a decoder per storage.
+
+Known limits, as seen with the TPU compiler at 1M tokens: the kernel reads arrays as they stand, channels (or the tokens
+of per-token metadata) on lanes. Where XLA lays the cache out otherwise it copies it for the call. That happens to
+packed codes and metadata of heads below 128 channels (XLA puts blocks on lanes), and on v5p to metadata of one row per
+block (groups of a whole block, or of the kv width). Dense storage of any head size is read as XLA has it.
+"""
 
 from typing import Any
 
 import jax
 
-from pallas_kernels.decode_attention.formats import Affine, Dense, Format, Partial, Rotation
+from pallas_kernels.decode_attention.formats import Affine, Dense, Format, Partial, Rotation, describe, shape_of
 from pallas_kernels.decode_attention.tpu_affine_keys import KeysPerChannel, KeysPerToken
 from pallas_kernels.decode_attention.tpu_affine_values import ValuesPerToken
 from pallas_kernels.decode_attention.tpu_dense import DenseKeys, DenseValues
-from pallas_kernels.decode_attention.tpu_plan import Plan, make_plan
+from pallas_kernels.decode_attention.tpu_plan import LANES, Plan, make_plan
 from pallas_kernels.decode_attention.tpu_skeleton import KeyDecoder, ValueDecoder, decode
+
+HEAD_SIZES = (64, 96, 128, 256)
+MOST_QUERIES = 16
+SMALLEST_GROUP = 32
 
 
 def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
     """Raises NotImplementedError, in words, for what the kernel does not do."""
+    *_, tokens, channels = shape_of(k)
+    if channels not in HEAD_SIZES:
+        raise NotImplementedError(f"the TPU kernel takes heads of {HEAD_SIZES} channels, not {channels}.")
+    if tokens % LANES:
+        raise NotImplementedError(f"the TPU kernel takes blocks of a multiple of {LANES} tokens, not {tokens}.")
+    if group > MOST_QUERIES:
+        raise NotImplementedError(f"the TPU kernel takes up to {MOST_QUERIES} queries per kv head, not {group}.")
+    for name, x in (("keys", k), ("values", v)):
+        if isinstance(x, Affine):
+            _check_affine(name, x)
+        elif not isinstance(x, Dense):
+            raise NotImplementedError(f"the TPU kernel has no decoder for {name} as {describe(x)}.")
     if rotates:
-        raise NotImplementedError("the TPU kernel rotates codebook keys only.")
-    plan = make_plan(k, v, group, chip)
-    _decoders(k, v, plan)
+        raise NotImplementedError(f"the TPU kernel does not rotate keys stored as {describe(k)} before RoPE.")
+
+
+def _check_affine(name: str, x: Affine) -> None:
+    tokens, channels = shape_of(x)[4:]
+    if x.bits == 3:
+        raise NotImplementedError(f"the TPU kernel has no decoder for affine {name} of 3 bits.")
+    if x.along == "tokens":
+        if name == "values":
+            raise NotImplementedError("the TPU kernel takes affine values with groups along channels, not tokens.")
+        size = tokens // x.scale.shape[-2]
+    else:
+        size = channels // x.scale.shape[-2]
+    if size < SMALLEST_GROUP:
+        raise NotImplementedError(f"the TPU kernel takes groups of {SMALLEST_GROUP} or more, not {size}, of {name}.")
 
 
 def decode_attention(
@@ -43,7 +77,7 @@ def _decoders(k: Format, v: Format, plan: Plan) -> tuple[KeyDecoder, ValueDecode
     return KEYS[type(k)](k, plan), VALUES[type(v)](v, plan)
 
 
-def affine_keys(fmt: Affine, plan: Plan) -> KeyDecoder:
+def affine_keys(fmt: Affine, plan: Plan) -> KeysPerChannel | KeysPerToken:
     return (KeysPerChannel if fmt.along == "tokens" else KeysPerToken)(fmt, plan)
 
 

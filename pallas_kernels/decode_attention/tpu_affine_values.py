@@ -1,6 +1,7 @@
 """TPU decoder of affine values: the weights take the scales."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decode_attention import tpu_codes as codes
-from pallas_kernels.decode_attention import tpu_metadata as metadata
 from pallas_kernels.decode_attention.formats import Affine
-from pallas_kernels.decode_attention.tpu_plan import LANES, Plan
-from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Loaded, Refs, Step
+from pallas_kernels.decode_attention.tpu_metadata import TokenMetadata, by_copy
+from pallas_kernels.decode_attention.tpu_plan import Plan
+from pallas_kernels.decode_attention.tpu_skeleton import Loaded, Refs, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,58 +21,86 @@ class ValuesPerToken:
     """Scale and zero of each token, for the channels of a group or the whole kv width.
 
     Weights times the scales of each group of channels are the rows of one product; the sums keep, at the end, each
-    group's channels. Beside them stand the sums of scaled weights (for the constant part of the operands) and of
-    weights times zeros.
+    group's channels. Where a kv head has few queries, the rows of a register hold copies of them, and each copy takes
+    another group. Beside the products stand sums of weights times zeros, per token until the end, and of the scaled
+    weights as they were rounded, for the operands' offset.
     """
 
     fmt: Affine
     plan: Plan
 
     @property
+    def metadata(self) -> TokenMetadata:
+        return TokenMetadata(self.fmt, self.plan, self.encoding)
+
+    @property
     def groups(self) -> int:
         return self.fmt.scale.shape[-2]
 
     @property
+    def copies(self) -> int:
+        """Groups per R rows."""
+        return math.gcd(self.plan.copies, self.groups)
+
+    @property
+    def encoding(self) -> codes.Encoding:
+        return codes.encoding(self.fmt.bits, self.plan.chip)
+
+    @property
     def order(self) -> np.ndarray:
-        return codes.order(self.plan.unit, self.plan.tokens, self.fmt.bits)
+        return self.encoding.order(self.plan.unit, self.plan.tokens)
 
     def operands(self):
-        return [self.plan.stored(self.fmt.codes), *metadata.token_operands(self.fmt, self.plan, self.order)]
+        return [self.plan.stored(self.fmt.codes), *self.metadata.operands()]
 
     def scratch(self):
-        return metadata.token_scratch(self.fmt, self.plan)
+        return self.metadata.scratch()
 
     def accumulators(self):
-        rows = self.groups * self.plan.rows
-        return [(rows, self.plan.channels), (rows, LANES), (self.plan.rows, LANES)]
+        rows = self.groups // self.copies * self.plan.rows
+        sums = [(rows, self.plan.channels), (rows, self.plan.run_tokens)]
+        return [*sums, (rows, self.plan.run_tokens)] if self.encoding.offset else sums
 
     def start(self, refs: Refs) -> None:
         pass
 
     def chunk(self, refs: Refs, step: Step) -> None:
-        metadata.token_chunk(self.fmt, self.plan, refs[1:4], refs[4:])
+        pass
 
-    def add(self, refs: Refs, run: jax.Array, p: jax.Array, sums: Loaded) -> Loaded:
+    def prepare(self, refs: Refs, i: jax.Array) -> None:
+        self.metadata.prepare(refs[1:4], refs[4:], i)
+
+    def add(self, refs: Refs, run: jax.Array, place: int, p: jax.Array, sums: Loaded) -> Loaded:
         words = refs[0][pl.ds(run * self.plan.unit, self.plan.unit)]
-        scale, zero = metadata.token_rows(refs[4:], run, self.groups)
-        scaled = jnp.concatenate([p * scale[j : j + 1] for j in range(self.groups)], axis=0).astype(jnp.bfloat16)
+        scaled, zeros = (
+            jnp.concatenate([p * self._rows(ref, place, m) for m in range(0, self.groups, self.copies)], axis=0)
+            for ref in refs[4:6]
+        )
+        scaled = scaled.astype(jnp.bfloat16)
         products = sums[0]
-        for weight, plane in zip(codes.plane_weights(self.fmt.bits), codes.operands(words, self.fmt.bits)):
-            products += weight * jnp.dot(scaled, plane, preferred_element_type=jnp.float32)
-        ones = jnp.ones((LANES, self.plan.run_tokens), jnp.bfloat16)
-        held = lax.dot_general(scaled, ones, CONTRACT_LANES, preferred_element_type=jnp.float32)
-        high, low = metadata.split(zero)
-        zeros = jnp.concatenate([high, low, jnp.zeros((LANES - 2 * self.groups, high.shape[1]), high.dtype)], axis=0)
-        rest = lax.dot_general(p.astype(jnp.bfloat16), zeros, CONTRACT_LANES, preferred_element_type=jnp.float32)
-        return products, sums[1] + held, sums[2] + rest
+        for weight, operand in zip(self.encoding.weights, self.encoding.operands(words)):
+            product = jnp.dot(scaled, operand, preferred_element_type=jnp.float32)
+            products += product if weight == 1 else weight * product
+        if not self.encoding.offset:
+            return products, sums[1] + zeros
+        return products, sums[1] + zeros, sums[2] + scaled.astype(jnp.float32)
+
+    def _rows(self, ref, place: int, first: int) -> jax.Array:
+        rows = [self.metadata.row(ref, place, first + c) for c in range(self.copies)]
+        return by_copy(rows, self.plan.rows)
 
     def finish(self, refs: Refs, sums: Loaded) -> jax.Array:
-        products, held, rest = sums
         rows, channels = self.plan.rows, self.plan.channels
-        products = (products - jnp.float32(codes.offset(self.fmt.bits)) * held[:, :1]) * codes.step(self.fmt.bits)
+        products = sums[0]
+        if self.encoding.offset:
+            products -= jnp.float32(self.encoding.offset) * sums[2].sum(axis=1, keepdims=True)
+        products = products * jnp.float32(1 / self.encoding.gain) + sums[1].sum(axis=1, keepdims=True)
+        out = products[:rows]
         channel = lax.broadcasted_iota(jnp.int32, (rows, channels), 1)
-        out = jnp.zeros((rows, channels), jnp.float32)
-        for j in range(self.groups):
-            zero = rest[:, j : j + 1] + rest[:, self.groups + j : self.groups + j + 1]
-            out = jnp.where(channel >= j * (channels // self.groups), products[j * rows : (j + 1) * rows] + zero, out)
+        for j in range(1, self.groups):
+            register, copy = divmod(j, self.copies)
+            part = products[register * rows : (register + 1) * rows]
+            # The first copy is the one that is read.
+            part = jnp.roll(part, -copy * (rows // self.copies), axis=0) if copy else part
+            out = jnp.where(channel >= j * (channels // self.groups), part, out)
         return out

@@ -1,79 +1,163 @@
-"""Packed codes to bfloat16 matrix operands with integer operations only, and the order of tokens that this gives.
+"""Packed codes as bfloat16 matrix operands, and the order of tokens that comes with each way of making them.
 
-A word holds fields of two halves of 16 bits, and a half is a bfloat16: moved to the top of the mantissa under the
-exponent of 1, a code of b <= 4 bits reads as `1 + code / 2**b`, exactly. One shift, and, or thus make 2048 operands
-of 1024 words, on every generation, with or without bfloat16 arithmetic. The constant part is taken off the products.
-Codes of 8 bits are two planes of 4.
+An operand holds `gain * (code - middle) + offset`, exactly. Codes are centred because what multiplies them is rounded
+to bfloat16: the error grows with the size of the operand.
 """
+
+import abc
+import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.tpu_plan import SUBLANES
-
-MANTISSA = 7
-ONE = 0x3F803F80  # 1.0 in both halves
+from pallas_kernels.decode_attention.tpu_plan import BF16_ARITHMETIC, SUBLANES
 
 
-def plane_bits(bits: int) -> int:
-    return min(bits, 4)
+@dataclasses.dataclass(frozen=True)
+class Encoding(abc.ABC):
+    """Codes of `bits` bits.
+
+    Attributes:
+      weights: what each of the operands counts for; several where one bfloat16 cannot hold a code.
+      offset: the operand of the middle code, times the weights; exact in bfloat16.
+    """
+
+    bits: int
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return (1.0,)
+
+    @property
+    def middle(self) -> float:
+        return ((1 << self.bits) - 1) / 2
+
+    @property
+    @abc.abstractmethod
+    def gain(self) -> float: ...
+
+    @property
+    @abc.abstractmethod
+    def offset(self) -> float: ...
+
+    @abc.abstractmethod
+    def order(self, blocks: int, tokens: int) -> np.ndarray:
+        """The token at each position of the operands of a run."""
+
+    @abc.abstractmethod
+    def pieces(self, words: jax.Array) -> list[list[jax.Array]]:
+        """Per weight, consecutive rows of the operand of `words[W, H]`, which fill whole sublanes."""
+
+    def operands(self, words: jax.Array) -> list[jax.Array]:
+        """Per weight `[blocks * T, H]` bfloat16 of `words[blocks, W, H]` uint32, tokens in `order`."""
+        blocks, rows, channels = words.shape
+        together = blocks_together(blocks, rows)
+        parts = [
+            self.pieces(words[i : i + together].reshape(together * rows, channels)) for i in range(0, blocks, together)
+        ]
+        return [jnp.concatenate(list(itertools.chain(*pieces)), axis=0) for pieces in zip(*parts)]
 
 
-def plane_weights(bits: int) -> tuple[float, ...]:
-    """What each plane counts for, the low one first."""
-    return (1.0, 16.0) if bits == 8 else (1.0,)
+class HalfWords(Encoding):
+    """Integer operations only, for chips without bfloat16 arithmetic (v5e, v5p) and for all others.
+
+    A word holds fields of two halves of 16 bits, and a half is a bfloat16: moved to the top of the mantissa under the
+    exponent of 1, a code of b <= 4 bits reads as `1 + code / 2**b`. A shift, an and, an or make 2048 operands. Codes
+    of 8 bits are two operands of 4.
+    """
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return (1.0, 16.0) if self.bits == 8 else (1.0,)
+
+    @property
+    def middle(self) -> float:
+        return 128.0 if self.bits == 8 else super().middle
+
+    @property
+    def gain(self) -> float:
+        return 1 / (1 << min(self.bits, 4))
+
+    @property
+    def offset(self) -> float:
+        return sum(self.weights) + self.middle * self.gain
+
+    def order(self, blocks: int, tokens: int) -> np.ndarray:
+        rows, fields = tokens * self.bits // 32, 16 // self.bits
+        together = blocks_together(blocks, rows)
+        sizes = (blocks // together, fields, together, rows, 2)
+        run, field, block, row, half = np.meshgrid(*(np.arange(n) for n in sizes), indexing="ij")
+        return ((run * together + block) * tokens + (field + half * fields) * rows + row).ravel()
+
+    def pieces(self, words: jax.Array) -> list[list[jax.Array]]:
+        bits = min(self.bits, 4)
+        return [
+            [self._piece(words, at + 4 * plane, bits) for at in range(0, 16, self.bits)]
+            for plane in range(len(self.weights))
+        ]
+
+    @staticmethod
+    def _piece(words: jax.Array, at: int, bits: int) -> jax.Array:
+        mantissa, one = 7, 0x3F80
+        right = at - (mantissa - bits)
+        mask = ((1 << bits) - 1) << (mantissa - bits)
+        words = words >> jnp.uint32(right) if right >= 0 else words << jnp.uint32(-right)
+        return pltpu.bitcast((words & jnp.uint32(mask * 0x10001)) | jnp.uint32(one * 0x10001), jnp.bfloat16)
 
 
-def step(bits: int) -> float:
-    """Codes per unit of an operand: `code - middle = step * sum(weight * (plane - CENTER))`."""
-    return float(1 << plane_bits(bits))
+class Signed(Encoding):
+    """By the conversion from int4 (or int8) that v6e and later have: one operation per 2048 operands.
+
+    Codes below 4 bits are moved to the top of each nibble, with the bit below set: the middle is then exactly 0.
+    """
+
+    @property
+    def middle(self) -> float:
+        return float(1 << (self.bits - 1)) if self.bits >= 4 else super().middle
+
+    @property
+    def gain(self) -> float:
+        return 1.0 if self.bits == 8 else float(1 << (4 - self.bits))
+
+    @property
+    def offset(self) -> float:
+        return 0.0
+
+    @property
+    def _container(self) -> int:
+        return max(self.bits, 4)
+
+    def order(self, blocks: int, tokens: int) -> np.ndarray:
+        rows, inside, containers = tokens * self.bits // 32, self._container // self.bits, 32 // self._container
+        together = blocks_together(blocks, rows)
+        sizes = (blocks // together, inside, together, rows, containers)
+        run, sub, block, row, container = np.meshgrid(*(np.arange(n) for n in sizes), indexing="ij")
+        return ((run * together + block) * tokens + (container * inside + sub) * rows + row).ravel()
+
+    def pieces(self, words: jax.Array) -> list[list[jax.Array]]:
+        width, repeat = self._container, 0x01010101 if self.bits == 8 else 0x11111111
+        words = words ^ jnp.uint32(
+            repeat << (width - 1) if self.bits >= 4 else 0xFFFFFFFF if self.bits == 1 else 0xAAAAAAAA
+        )
+        if self.bits >= 4:
+            return [[pltpu.bitcast(words, jnp.int8 if width == 8 else jnp.int4).astype(jnp.bfloat16)]]
+        top = width - self.bits
+        mask = jnp.uint32(repeat * (((1 << self.bits) - 1) << top))
+        below = jnp.uint32(repeat << (top - 1))
+        out = []
+        for sub in range(width // self.bits):
+            left = top - sub * self.bits
+            out.append(((words << jnp.uint32(left)) & mask) | below)
+        return [[pltpu.bitcast(x, jnp.int4).astype(jnp.bfloat16) for x in out]]
 
 
-def middle(bits: int) -> float:
-    """The middle of the codes, around which they are centred so that what is rounded is small."""
-    return ((1 << bits) - 1) / 2
+def encoding(bits: int, chip: str) -> Encoding:
+    return (Signed if chip in BF16_ARITHMETIC else HalfWords)(bits)
 
 
-def offset(bits: int) -> float:
-    """Sum over planes of weight times the operand of the middle code; exact in bfloat16."""
-    return sum(plane_weights(bits)) * (1.5 - 0.5 / step(bits))
-
-
-def operands(words: jax.Array, bits: int) -> list[jax.Array]:
-    """The planes `[blocks * T, H]` bfloat16 of `words[blocks, W, H]` uint32, tokens in `order`."""
-    blocks, rows, channels = words.shape
-    together = _blocks_together(blocks, rows)
-    planes = []
-    for plane in range(len(plane_weights(bits))):
-        pieces = []
-        for i in range(0, blocks, together):
-            word = words[i : i + together].reshape(together * rows, channels)
-            pieces += [_operand(word, at + 4 * plane, plane_bits(bits)) for at in range(0, 16, bits)]
-        planes.append(jnp.concatenate(pieces, axis=0))
-    return planes
-
-
-def order(blocks: int, tokens: int, bits: int) -> np.ndarray:
-    """The token at each position of `operands` of a run."""
-    rows = tokens * bits // 32
-    together = _blocks_together(blocks, rows)
-    fields = 16 // bits
-    run, field, block, row, half = np.meshgrid(
-        *(np.arange(n) for n in (blocks // together, fields, together, rows, 2)), indexing="ij"
-    )
-    return ((run * together + block) * tokens + (field + half * fields) * rows + row).ravel()
-
-
-def _blocks_together(blocks: int, rows: int) -> int:
+def blocks_together(blocks: int, rows: int) -> int:
     """Blocks whose words fill whole sublanes."""
     return min(blocks, max(1, SUBLANES // rows))
-
-
-def _operand(words: jax.Array, at: int, bits: int) -> jax.Array:
-    """The codes at bit `at` of both halves of `words[W, H]`, `[2 * W, H]` bfloat16: `1 + code / 2**bits`."""
-    right = at - (MANTISSA - bits)
-    mask = ((1 << bits) - 1) << (MANTISSA - bits)
-    words = words >> jnp.uint32(right) if right >= 0 else words << jnp.uint32(-right)
-    return pltpu.bitcast((words & jnp.uint32(mask * 0x10001)) | jnp.uint32(ONE), jnp.bfloat16)

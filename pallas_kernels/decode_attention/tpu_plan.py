@@ -19,7 +19,11 @@ from pallas_kernels.decode_attention.formats import Format, shape_of
 LANES = 128
 SUBLANES = 8
 CHUNK_BYTES = 1 << 20  # of keys and values per grid step, where the context is that long
-UNROLLED_TOKENS = 1024  # the scheduler overlaps this many tokens
+UNROLLED_TOKENS = 4096  # the scheduler overlaps this many tokens; with more, registers spill
+CHUNK_TOKENS = 16384  # at most, for the scores of a chunk stay in VMEM
+
+
+BF16_ARITHMETIC = ("v6e", "7x")  # generations with it, and with matrix units 256 wide
 
 
 class Operand(NamedTuple):
@@ -37,6 +41,7 @@ class Plan:
       chip: generation, or "" for what all of them can do.
       batch, blocks, heads, tokens, channels: B, N, K, T, H of the storage.
       rows: query heads of one kv head, padded to whole sublanes.
+      copies: of the query heads that the rows hold, a power of two: what would be padding may do other work.
       unit: blocks per run.
       runs: runs per chunk.
       unroll: runs per iteration of the loops over a chunk; divides `runs`.
@@ -49,6 +54,7 @@ class Plan:
     tokens: int
     channels: int
     rows: int
+    copies: int
     unit: int
     runs: int
     unroll: int
@@ -135,10 +141,11 @@ def make_plan(k: Format, v: Format, group: int, chip: str, chunk_tokens: int = 0
       chunk_tokens: tokens per grid step; 0 lets the size follow from the bytes.
     """
     _, batch, blocks, heads, tokens, channels = shape_of(k)
-    width = 256 if chip in ("v6e", "7x") else 128  # tokens that one matrix unit takes at a time
+    width = 256 if chip in BF16_ARITHMETIC else 128  # tokens that one matrix unit takes at a time
     unit = min(max(1, width // tokens), blocks)
     if not chunk_tokens:
         chunk_tokens = CHUNK_BYTES * 8 // (channels * (_bits(k) + _bits(v)))
+        chunk_tokens = min(chunk_tokens, CHUNK_TOKENS)
         # A short context is cut in at least four, so that fetching and computing overlap.
         chunk_tokens = min(chunk_tokens, max(512, blocks * tokens // 4))
     runs = max(1, min(chunk_tokens // (unit * tokens), blocks // unit))
@@ -148,7 +155,8 @@ def make_plan(k: Format, v: Format, group: int, chip: str, chunk_tokens: int = 0
     else:
         unroll = runs
     rows = pl.cdiv(group, SUBLANES) * SUBLANES
-    return Plan(chip, batch, blocks, heads, tokens, channels, rows, unit, runs, unroll)
+    copies = SUBLANES // next(n for n in (1, 2, 4, 8) if group <= n) if group <= SUBLANES else 1
+    return Plan(chip, batch, blocks, heads, tokens, channels, rows, copies, unit, runs, unroll)
 
 
 def _bits(x: Format) -> int:

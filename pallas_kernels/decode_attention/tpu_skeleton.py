@@ -6,6 +6,10 @@ in. Decoders see the chunk in VMEM and choose in which *order* they have the tok
 as long as keys, values, masks and per-token metadata agree. Where the orders of keys and values differ, the skeleton
 permutes the weights.
 
+A decoder may have a method `prepare(refs, i, q)` (values: `prepare(refs, i)`) for what is better done for several runs
+at once, such as metadata. It is called before each iteration of `plan.unroll` runs, and `scores` and `add` then take
+the run's place in the iteration (a Python integer) as an argument after `run`, to find what was prepared.
+
 A decoder works on `refs`: its operands' blocks, in the order of `operands()`, and then its scratch.
 """
 
@@ -59,7 +63,8 @@ class KeyDecoder(Protocol):
         """Once per row and kv head, before its first chunk: tables, folded queries.
 
         Args:
-          q: `[R, H]` float32, times softmax scale and log2(e); rows beyond the query heads are zero.
+          q: `[R, H]` float32, times softmax scale and log2(e); the query heads, padded by zeros to
+            `R / plan.copies` rows and repeated `plan.copies` times; results are read from the first copy.
         """
 
     def chunk(self, refs: Refs, step: Step, q: jax.Array) -> None:
@@ -109,7 +114,8 @@ def decode(
 ) -> Partial:
     """Runs the kernel; arguments as of `api.decode_attention`."""
     batch, heads, group, channels = q.shape
-    q = jnp.pad(q * LOG2_E, ((0, 0), (0, 0), (0, plan.rows - group), (0, 0)))
+    q = jnp.pad(q * LOG2_E, ((0, 0), (0, 0), (0, plan.rows // plan.copies - group), (0, 0)))
+    q = jnp.tile(q, (1, 1, plan.copies, 1))
     first, last = jnp.maximum(first, 0), jnp.minimum(last, plan.blocks * plan.tokens)
     used = jnp.maximum(plan.count(first, last).max(), 1)  # grid steps: as many as the longest row needs
     fixed = _fixed_operands(keys, values, plan)
@@ -191,7 +197,7 @@ def _kernel(layer, first, last, q_ref, *refs, keys, values, plan: Plan, counts):
         # A chunk that was moved back holds tokens of the one before.
         seen_from = jnp.maximum(begin, (plan.begin(begin) + c * plan.chunk_blocks) * plan.tokens)
         offset = step.block * plan.tokens
-        _score(keys, key_refs, own, plan, seen_from - offset, end - offset)
+        _score(keys, key_refs, own, plan, q_ref, seen_from - offset, end - offset)
         _weigh(values, value_refs, own, plan)
 
     @pl.when(c == pl.num_programs(2) - 1)
@@ -201,12 +207,16 @@ def _kernel(layer, first, last, q_ref, *refs, keys, values, plan: Plan, counts):
         out[2][...] = own.total[...]
 
 
-def _score(keys: KeyDecoder, refs: Refs, own: _Own, plan: Plan, begin: jax.Array, end: jax.Array) -> None:
+def _score(keys: Any, refs: Refs, own: _Own, plan: Plan, q_ref: Any, begin: jax.Array, end: jax.Array) -> None:
     """Masked scores of the chunk into scratch; the running maximum, and what it rescales."""
+    prepare = getattr(keys, "prepare", None)
 
-    def run_scores(run, top):
-        token = own.token[...] + run * plan.run_tokens
-        scores = jnp.where((token >= begin) & (token < end), keys.scores(refs, run), EMPTY)
+    def run_scores(run, place, top):
+        if place == 0 and prepare is not None:
+            prepare(refs, lax.div(run, jnp.int32(plan.unroll)), q_ref[...])
+        scores = keys.scores(refs, run) if prepare is None else keys.scores(refs, run, place)
+        token, start = own.token[...], run * plan.run_tokens
+        scores = jnp.where((token >= begin - start) & (token < end - start), scores, EMPTY)
         own.scores[run] = scores
         return jnp.maximum(top, scores)
 
@@ -220,8 +230,9 @@ def _score(keys: KeyDecoder, refs: Refs, own: _Own, plan: Plan, begin: jax.Array
         ref[...] *= jnp.concatenate([columns] * (ref.shape[0] // plan.rows), axis=0)
 
 
-def _weigh(values: ValueDecoder, refs: Refs, own: _Own, plan: Plan) -> None:
+def _weigh(values: Any, refs: Refs, own: _Own, plan: Plan) -> None:
     """Adds the chunk's weights and weighted values to the running sums."""
+    prepare = getattr(values, "prepare", None)
     top = _columns(own.top[...], plan.run_tokens)
     zeros = jnp.zeros((plan.rows, plan.run_tokens), jnp.float32)
 
@@ -230,7 +241,7 @@ def _weigh(values: ValueDecoder, refs: Refs, own: _Own, plan: Plan) -> None:
 
     if own.permutation is not None:
 
-        def permute(run, total):
+        def permute(run, place, total):
             p = weights(run)
             # Exact but for P's rounding to bf16, which the product with V needs anyway.
             own.scores[run] = jnp.dot(p.astype(jnp.bfloat16), own.permutation[...], preferred_element_type=jnp.float32)
@@ -238,12 +249,16 @@ def _weigh(values: ValueDecoder, refs: Refs, own: _Own, plan: Plan) -> None:
 
         total = over_runs(plan, permute, zeros)
 
-    def add(run, carry):
+    def add(run, place, carry):
         total, sums = carry
-        if own.permutation is not None:
-            return total, values.add(refs, run, own.scores[run], sums)
-        p = weights(run)
-        return total + p, values.add(refs, run, p, sums)
+        if place == 0 and prepare is not None:
+            prepare(refs, lax.div(run, jnp.int32(plan.unroll)))
+        if own.permutation is None:
+            p = weights(run)
+            total = total + p
+        else:
+            p = own.scores[run]
+        return total, values.add(refs, run, p, sums) if prepare is None else values.add(refs, run, place, p, sums)
 
     total, sums = over_runs(
         plan, add, (zeros if own.permutation is None else total, tuple(ref[...] for ref in own.sums))
@@ -254,11 +269,11 @@ def _weigh(values: ValueDecoder, refs: Refs, own: _Own, plan: Plan) -> None:
 
 
 def over_runs(plan: Plan, body, carry):
-    """`carry = body(run, carry)` for the runs of a chunk."""
+    """`carry = body(run, place in the iteration, carry)` for the runs of a chunk."""
 
     def several(i, carry):
         for j in range(plan.unroll):
-            carry = body(i * plan.unroll + j, carry)
+            carry = body(i * plan.unroll + j, j, carry)
         return carry
 
     return lax.fori_loop(0, plan.runs // plan.unroll, several, carry)
