@@ -34,6 +34,8 @@ def dequantize(x: formats.Format, layer: int) -> np.ndarray:
     """`[B, N, K, T, H]` float64."""
     if isinstance(x, formats.Dense):
         return np.asarray(x.values[layer]).view(jnp.dtype(x.dtype)).astype(np.float64)
+    if isinstance(x, formats.Planes):
+        return planes(x, layer)
     codes = unpack(np.asarray(x.codes[layer]), x.bits)
     T, H = codes.shape[-2:]
     if isinstance(x, formats.Affine):
@@ -54,6 +56,16 @@ def dequantize(x: formats.Format, layer: int) -> np.ndarray:
         channel, residual = np.asarray(x.slot_channel[layer, ..., s, :]), half(x.slot_residual[layer, ..., s, :])
         value = value + np.where(np.arange(H) == channel[..., None], residual[..., None], 0.0)
     return value
+
+
+def planes(x: formats.Planes, layer: int) -> np.ndarray:
+    bits, level = 0, np.asarray(x.levels)[..., None, None]
+    for i, (plane, width, shift) in enumerate(zip(x.planes, (8, 4, 4), (8, 4, 0))):
+        words = np.asarray(plane[layer])
+        field = unpack(words if x.order == "words" else words.swapaxes(-1, -2), width)
+        field = field.swapaxes(-1, -2) if x.order == "tokens" else field
+        bits = bits | np.where(level > i, field, (level == i) << (width - 1)) << shift
+    return np.where(level > 0, half(bits.astype(np.uint16)), 0.0)
 
 
 def attend(q, k, v, layer, first, last, position=None, theta=10000.0):

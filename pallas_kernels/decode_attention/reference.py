@@ -1,10 +1,12 @@
 """The definition: decodes a layer whole and attends to it in float32. For tests and small contexts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import packing
-from pallas_kernels.decode_attention.formats import Affine, Dense, Format, Partial, Rotation, shape_of
+from pallas_kernels.decode_attention.formats import Affine, Dense, Format, Partial, Planes, Rotation, shape_of
 
 EMPTY = -1e30  # finite: a row that sees nothing has this maximum, and no NaN arises
 
@@ -20,9 +22,11 @@ def decode_attention(
 ) -> Partial:
     """As `api.decode_attention`."""
     _, batch, blocks, heads, tokens, channels = shape_of(k)
-    keys, values = (
-        dequantize(x, layer).swapaxes(1, 2).reshape(batch, heads, blocks * tokens, channels) for x in (k, v)
-    )
+
+    def whole(x: Format) -> jax.Array:
+        return dequantize(x, layer).swapaxes(1, 2).reshape(batch, heads, blocks * tokens, channels)
+
+    keys = whole(k)
     token = jnp.arange(blocks * tokens, dtype=jnp.int32)
     if rotation is not None:
         keys = rotate(keys, *(x[None, None] for x in rotation.angles(token)))
@@ -30,9 +34,28 @@ def decode_attention(
     scores = jnp.einsum("bkgh,bkth->bkgt", q, keys, precision="highest")
     token = token[None, :]
     seen = ((token >= first[:, None]) & (token < last[:, None]))[:, None, None]
-    top = jnp.where(seen, scores, EMPTY).max(-1)
+    scores = jnp.where(seen, scores, EMPTY)
+    top = scores.max(-1)
     p = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
-    return Partial(jnp.einsum("bkgt,bkth->bkgh", p, values, precision="highest"), top, p.sum(-1))
+    total = p.sum(-1)
+    if isinstance(v, Planes) and v.levels is None:
+        v = dataclasses.replace(v, levels=levels_within(v, scores, top + jnp.log(total)))
+    return Partial(jnp.einsum("bkgt,bkth->bkgh", p, whole(v), precision="highest"), top, total)
+
+
+def levels_within(v: Planes, scores: jax.Array, log_sum: jax.Array) -> jax.Array:
+    """Levels `[B, N, K]` of values by their limits.
+
+    Args:
+      scores: `[B, K, G, N * T]`, -1e30 where a token is not seen.
+      log_sum: `[B, K, G]` of the exponentials of all scores.
+    """
+    blocks = v.limits.shape[2]
+    largest = scores.reshape(*scores.shape[:-1], blocks, -1).max(-1)
+    if v.known is not None:
+        log_sum = jnp.logaddexp(log_sum, v.known)
+    largest = (largest - log_sum[..., None]).max(2).swapaxes(1, 2)
+    return (largest[None] > v.limits).sum(0, dtype=jnp.int32)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -50,6 +73,8 @@ def dequantize(x: Format, layer: jax.Array) -> jax.Array:
     """One layer `[B, N, K, T, H]`, float32."""
     if isinstance(x, Dense):
         return jax.lax.bitcast_convert_type(x.values[layer], jnp.dtype(x.dtype)).astype(jnp.float32)
+    if isinstance(x, Planes):
+        return _planes(x, layer)
     codes = packing.unpack(x.codes[layer], x.bits)
     tokens, channels = codes.shape[-2:]
     if isinstance(x, Affine):
@@ -71,3 +96,19 @@ def dequantize(x: Format, layer: jax.Array) -> jax.Array:
         here = x.slot_channel[layer, ..., s, :, None] == channel.reshape((1,) * (value.ndim - 1) + (-1,))
         value = value + jnp.where(here, float16(x.slot_residual[layer, ..., s, :, None]), 0.0)
     return value
+
+
+def _planes(x: Planes, layer: jax.Array) -> jax.Array:
+    """float16 of which each block's first planes are read, the rest filled with 1000..."""
+    bits = jnp.zeros((), jnp.uint16)
+    level = x.levels[..., None, None]
+    for i, (plane, width, shift) in enumerate(zip(x.planes, (8, 4, 4), (8, 4, 0), strict=True)):
+        words = plane[layer]
+        if x.order == "words":
+            field = packing.unpack(words, width)
+        else:
+            field = packing.unpack(words.swapaxes(-1, -2), width)
+            field = field if x.order == "channels" else field.swapaxes(-1, -2)
+        fill = jnp.where(level == i, jnp.uint16(1 << (width - 1)), jnp.uint16(0))
+        bits = bits | jnp.where(level > i, field.astype(jnp.uint16), fill) << shift
+    return jnp.where(level > 0, float16(bits), 0.0)

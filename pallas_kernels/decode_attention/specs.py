@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import packing
-from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, Rotation
+from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, Planes, Rotation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,8 @@ STORAGES = {
     "kvquant4-dense": Storage("codebook4", "codebook4-token", pre_rope=True),
     "kvquant3-dense": Storage("codebook3", "codebook3-token", pre_rope=True),
     "kvquant2-dense": Storage("codebook2", "codebook2-token", pre_rope=True),
+    "alignedkv": Storage("planes", "planes"),
+    "alignedkv-stored": Storage("planes-channels", "planes-tokens"),
 }
 
 # Two rows: `lengths` in tokens of the storage, as the name says ("full": all of it). T = 128.
@@ -75,6 +77,8 @@ def make(kind: str, shape: Shape, rng: np.random.Generator) -> Format:
         if rest:
             return Dense(values.astype(np.float16).view(np.uint16), "float16")
         return Dense(values.astype(jnp.bfloat16).view(np.uint16), "bfloat16")
+    if name == "planes":
+        return _planes(kind, shape, rng)
     bits = int(name[-1])
     meta: tuple[int, ...]
     words = rng.integers(0, 2**32, (*lead, K, packing.packed_words(T, bits), H), dtype=np.uint32)
@@ -100,6 +104,28 @@ def make(kind: str, shape: Shape, rng: np.random.Generator) -> Format:
         channel = rng.integers(0, H, slots, dtype=np.uint8)
         residual = _half(rng.normal(0, 4, slots) * (rng.random(slots) < 0.7))
     return Codebook(words, levels, scale, zero, channel, residual, bits, "token" if "token" in rest else "channel")
+
+
+_ORDERS: dict[str, Literal["words", "channels", "tokens"]] = {
+    "planes": "words",
+    "planes-channels": "channels",
+    "planes-tokens": "tokens",
+}
+
+
+def _planes(kind: str, shape: Shape, rng: np.random.Generator) -> Planes:
+    """Random float16 in planes, of which subnormal numbers are one in fifty; levels from 1 to 3."""
+    order = _ORDERS[kind]
+    lead, T, H = (shape.layers, shape.batch, shape.blocks, shape.heads), shape.tokens, shape.channels
+    x = rng.standard_normal((*lead, T, H))
+    bits = _half(np.where(rng.random(x.shape) < 0.02, x * 2.0**-15, x))
+    planes = []
+    for width, shift in ((8, 8), (4, 4), (4, 0)):
+        plane = (bits >> shift) & (2**width - 1)
+        plane = np.asarray(packing.pack(plane if order != "tokens" else plane.swapaxes(-1, -2), width))
+        planes.append(plane if order == "words" else plane.swapaxes(-1, -2))
+    levels = rng.integers(1, 4, (shape.batch, shape.blocks, shape.heads)).astype(np.int32)
+    return Planes(tuple(planes), levels, order=order)
 
 
 def _half(x: Any) -> np.ndarray:
