@@ -1,0 +1,171 @@
+"""Decode attention on TPU over float16 in bit planes, which does not read the planes that a query does not need.
+
+A unit of 512 or 1024 tokens of one kv head is read to one level, the highest that its blocks want; the kernel is in
+`tpu_planes_kernel`, what happens around it here.
+
+Why words along tokens, channels on lanes. The TPU's memory is tiled by 8 x 128. An array whose last axis is a channel's
+32 words (T = 128), or a token's 32 (H = 128), takes 4 times its bytes there, 8 times in the 4-bit planes, unless XLA
+exchanges its last two axes. It does: for keys so stored (order "channels", T = 128 or 256, H = 128) that is the very
+layout wanted here, and `swapaxes` costs nothing. But then a channel, or a token, is a lane, and a lane cannot be
+skipped; a block can.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention import tpu_planes_kernel
+from pallas_kernels.decode_attention.formats import Format, Partial, Planes, Rotation, shape_of
+
+UNIT_TOKENS = 512, 1024  # short contexts, and from LONG tokens on; the latter costs less per token
+LONG = 32768
+CHUNK_UNITS = 8
+CHUNK_BYTES = 2**20  # of keys, or of values; four such are held
+_LANES = 128
+
+
+def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
+    """Raises NotImplementedError for what this kernel does not do."""
+    if not (isinstance(k, Planes) and isinstance(v, Planes)):
+        raise NotImplementedError("keys and values must both be stored in float16 planes.")
+    if rotates:
+        raise NotImplementedError("planes are stored after RoPE.")
+    if k.levels is None:
+        raise NotImplementedError("keys are read by `levels`; `limits` are on probabilities, for values.")
+    if k.order == "tokens" or v.order != "words":
+        raise NotImplementedError(
+            f'keys in order "{k.order}" and values in "{v.order}": on TPU tokens\' words cannot be neighbours '
+            '(a vector register has 128 lanes, a token fewer words); store values in order "words".'
+        )
+    tokens, channels = shape_of(k)[4:]
+    if tokens not in (128, 256, 512):
+        raise NotImplementedError(f"blocks of {tokens} tokens; 128, 256 and 512 are done.")
+    if k.order == "channels" and (tokens > 256 or channels != 128):
+        raise NotImplementedError(
+            f'keys in order "channels" with {tokens} tokens and {channels} channels would be copied whole in each '
+            "step; XLA lays them out as this kernel reads them with 128 or 256 tokens and 128 channels."
+        )
+    if channels not in (64, 96, 128, 256):
+        raise NotImplementedError(f"head size {channels}; 64, 96, 128 and 256 are done.")
+    if group > 16:
+        raise NotImplementedError(f"{group} query heads per kv head; up to 16 are done.")
+
+
+def decode_attention(
+    q: jax.Array,
+    k: Planes,
+    v: Planes,
+    layer: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    rotation: Rotation | None,
+    *,
+    chip: str = "",
+    interpret: Any = False,
+) -> Partial:
+    """As `api.decode_attention`."""
+    return attend(q, k, v, layer, first, last, chip=chip, interpret=interpret)[0]
+
+
+def units(tokens: int, blocks: int, channels: int) -> tuple[int, int, int]:
+    """Blocks per unit, units of the context, and units per chunk.
+
+    At least four chunks where there are enough units, so that reading overlaps with computing.
+    """
+    size = min(UNIT_TOKENS[blocks * tokens >= LONG] // tokens, blocks)
+    count = -(-blocks // size)
+    fit = CHUNK_BYTES // (2 * size * tokens * max(channels, _LANES))
+    return size, count, max(1, min(CHUNK_UNITS, count // 4, fit))
+
+
+def attend(
+    q: jax.Array,
+    k: Planes,
+    v: Planes,
+    layer: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    chip: str = "",
+    interpret: Any = False,
+) -> tuple[Partial, jax.Array]:
+    """The attention, and the levels `[B, K, units]` int32 to which values were read (0 outside of the tokens seen)."""
+    _, B, N, K, T, H = shape_of(k)
+    G = q.shape[2]
+    rows = -(-G // 8) * 8
+    size, count, per_chunk = units(T, N, H)
+    padded = -(-count // per_chunk) * per_chunk
+
+    def per_unit(x: jax.Array, fold: Any, least: Any) -> jax.Array:
+        """Rules `[R, B, N, K]` by blocks to `[B, K, R, padded]` by units, the most demanding block's of each."""
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padded * size - N), (0, 0)), constant_values=least)
+        # Not a reshape to `[..., units, size, K]`: on TPU it would be a temporary of 16 times the size.
+        x = jax.lax.reduce_window(x, jnp.asarray(least, x.dtype), fold, (1, 1, size, 1), (1, 1, size, 1), "VALID")
+        return x.transpose(1, 3, 0, 2)
+
+    key_levels = per_unit(k.levels[None], jax.lax.max, 0)
+    online = v.levels is None
+    if online:
+        value_rule = per_unit(v.limits, jax.lax.min, jnp.inf)
+    else:
+        value_rule = per_unit(v.levels[None], jax.lax.max, 0)
+    known = jnp.full((B, K, G), tpu_planes_kernel.EMPTY, jnp.float32) if v.known is None else v.known
+    # Rows that pad the group must not ask for anything.
+    known = jnp.pad(known, ((0, 0), (0, 0), (0, rows - G)), constant_values=-tpu_planes_kernel.EMPTY)
+    known = jnp.broadcast_to(known[..., None], (B, K, rows, _LANES))
+    q = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, 0), (0, rows - G), (0, 0)))
+    # reduce_precision, for XLA may take a conversion to bfloat16 and back for nothing.
+    high = jax.lax.reduce_precision(q, 8, 7)
+    q = jnp.concatenate([high, q - high], axis=2).astype(jnp.bfloat16)
+    k_planes = tuple(p.swapaxes(-1, -2) for p in k.planes) if k.order == "channels" else k.planes
+
+    def mine(*shape: int, space: Any = pltpu.VMEM) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *shape), lambda b, h, *_: (b, h, 0, 0), memory_space=space)
+
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    buffers = [pltpu.VMEM((2, per_chunk, size, *p.shape[-2:]), jnp.uint32) for p in k_planes]
+    semaphores = pltpu.SemaphoreType.DMA((2, per_chunk, 3))
+    statistic = pltpu.VMEM((rows, _LANES), jnp.float32)
+    kernel = functools.partial(tpu_planes_kernel.run, blocks=N, tokens=T, online=online, bf16=chip in ("v6e", "7x"))
+    acc, top, total, read = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(B, K),
+            in_specs=[
+                mine(1, padded, space=pltpu.SMEM),
+                mine(value_rule.shape[2], padded, space=pltpu.SMEM),
+                mine(2 * rows, H),
+                mine(rows, _LANES),
+                *[hbm] * 6,
+            ],
+            out_specs=[mine(rows, H), mine(rows, _LANES), mine(rows, _LANES), mine(1, padded, space=pltpu.SMEM)],
+            scratch_shapes=[
+                buffers,
+                buffers,
+                pltpu.VMEM((2, per_chunk, rows, size * T), jnp.float32),
+                pltpu.VMEM((per_chunk, rows, _LANES), jnp.float32),
+                pltpu.SMEM((2, per_chunk), jnp.int32),
+                [*[statistic] * 4, pltpu.VMEM((2 * rows, H), jnp.float32)],
+                semaphores,
+                semaphores,
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, K, rows, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, rows, _LANES), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, rows, _LANES), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, 1, padded), jnp.int32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), disable_bounds_checks=True),
+        interpret=interpret,
+        name="decode_planes",
+    )(
+        *(x.astype(jnp.int32).reshape(-1) for x in (layer, first, last)),
+        *(key_levels, value_rule, q, known, *k_planes, *v.planes),
+    )
+    return Partial(acc[:, :, :G], top[:, :, :G, 0], total[:, :, :G, 0]), read[:, :, 0, :count]

@@ -1,0 +1,177 @@
+"""Bit planes on TPU: what is read, what is not, and the answer, in the interpreters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import kernel_cases
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import packing
+from pallas_kernels.decode_attention import api, reference, specs, tpu_planes, tpu_planes_unpack
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    """Units of two blocks, so that a few blocks make several chunks."""
+    monkeypatch.setattr(tpu_planes, "UNIT_TOKENS", (256, 256))
+
+
+def as_read(x, levels):
+    """Storage whose blocks have the levels `[B, K, units]` of their units."""
+    N = x.planes[0].shape[2]
+    size = tpu_planes.units(128, N, 128)[0]
+    return dataclasses.replace(x, levels=np.repeat(np.asarray(levels), size, axis=2)[:, :, :N].swapaxes(1, 2))
+
+
+def unit_levels(x):
+    """Of each unit the highest level of its blocks."""
+    levels = np.asarray(x.levels).swapaxes(1, 2)
+    size, count, _ = tpu_planes.units(128, levels.shape[2], 128)
+    levels = np.pad(levels, ((0, 0), (0, 0), (0, count * size - levels.shape[2])))
+    return levels.reshape(*levels.shape[:2], count, size).max(-1)
+
+
+def oracle(a):
+    return kernel_cases.attend(a["q"], a["k"], a["v"], a["layer"], a["first"], a["last"])
+
+
+_attend = jax.jit(tpu_planes.attend, static_argnames=("chip", "interpret"))  # one compilation for several tests
+
+
+def run(a, chip="v5e", interpret=True):
+    return _attend(**{n: x for n, x in a.items() if n != "rotation"}, chip=chip, interpret=interpret)
+
+
+def case(shape="gqa4-h128", lengths="full,0", first=0):
+    """A named case whose blocks have their units' levels, some of them 0."""
+    arguments, _ = kernel_cases.case("alignedkv", shape, lengths, first)
+    for name, every in (("k", 5), ("v", 3)):
+        levels = unit_levels(arguments[name])
+        levels.flat[1::every] = 0
+        arguments = {**arguments, name: as_read(arguments[name], levels)}
+    return arguments
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_float16_is_unpacked_exactly(bf16):
+    bits = np.arange(2**16, dtype=np.uint16).reshape(512, 128)
+    planes = [packing.pack(jnp.asarray(bits >> s & m), w) for s, m, w in ((8, 255, 8), (4, 15, 4), (0, 15, 4))]
+    order = np.asarray(tpu_planes_unpack.token_order(jnp.arange(512, dtype=jnp.int32), 512))
+    assert sorted(order) == list(range(512))
+    finite = (bits >> 10 & 31 < 31)[order]
+    for level, (mask, fill) in enumerate(((0xFF00, 0x80), (0xFFF0, 0x8), (0xFFFF, 0)), start=1):
+
+        def kernel(*refs, level=level):
+            parts = tpu_planes_unpack.tiles([ref[...] for ref in refs[:level]], level, bf16)
+            refs[-1][...] = sum(part.astype(jnp.float32) for part in parts)
+
+        out = jax.ShapeDtypeStruct((512, 128), jnp.float32)
+        got = np.asarray(pl.pallas_call(kernel, out_shape=out, interpret=True)(*planes[:level]))
+        want = kernel_cases.half((bits & mask | fill).astype(np.uint16))[order]
+        assert (got[finite] == want[finite]).all()
+        assert np.isfinite(got).all()  # what lies beyond a row's tokens is multiplied by 0
+
+
+@pytest.mark.parametrize("lengths, first", [("0,1", 0), ("T-1,T", 100), ("T+1,full", 0), ("full,0", 300)])
+def test_kernel_equals_float64_at_the_same_levels(lengths, first):
+    a = case("gqa4-h128", lengths, first)
+    error, log_error = kernel_cases.errors(run(a)[0], oracle(a))
+    assert error < 5e-5 and log_error < 1e-5
+
+
+def test_chips_with_bfloat16_arithmetic():
+    a = case("mqa16-h64", "T+1,full")
+    error, log_error = kernel_cases.errors(run(a, "v6e")[0], oracle(a))
+    assert error < 5e-5 and log_error < 1e-5
+
+
+def test_keys_as_the_codec_stores_them():
+    a, _ = kernel_cases.case("alignedkv-stored", "mha-h128", "T+1,full")
+    v, _ = kernel_cases.case("alignedkv", "mha-h128", "T+1,full")
+    a = {**a, "k": as_read(a["k"], unit_levels(a["k"])), "v": as_read(v["v"], unit_levels(v["v"]))}
+    error, _ = kernel_cases.errors(api.decode_attention(**a, implementation="tpu_planes", interpret=True), oracle(a))
+    assert error < 5e-5
+
+
+def test_planes_that_are_not_needed_are_not_read():
+    a = case()
+
+    def poisoned(x):
+        planes = []
+        for i, plane in enumerate(x.planes):
+            unread = (np.asarray(x.levels) <= i)[None, ..., None, None]
+            planes.append(jnp.where(unread, jnp.uint32(0xFFFFFFFF), plane))  # NaN, and the largest mantissa
+        assert any((p != q).any() for p, q in zip(planes, x.planes))
+        return dataclasses.replace(x, planes=tuple(planes))
+
+    clean = run(a)[0]
+    for x, y in zip(clean, run({**a, "k": poisoned(a["k"]), "v": poisoned(a["v"])})[0]):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_levels_of_values_follow_their_probabilities(monkeypatch):
+    monkeypatch.setattr(tpu_planes, "units", lambda tokens, blocks, channels: (2, -(-blocks // 2), 2))
+    a = case("gqa4-h128", "T+1,full")
+    limits = np.sort(np.random.default_rng(1).uniform(-9, -1, (3, 2, 5, 2)).astype(np.float32), axis=0)
+    known = jnp.full((2, 2, 4), 3.0, jnp.float32).at[0].set(-1e30)
+    v = dataclasses.replace(a["v"], levels=None, limits=jnp.asarray(limits), known=known)
+    partial, read = run({**a, "v": v})
+    error, log_error = kernel_cases.errors(partial, oracle({**a, "v": as_read(v, read)}))
+    assert error < 5e-5 and log_error < 1e-5
+    # The reference knows the final probabilities, the kernel bounds them: it may only read more.
+    keys = kernel_cases.dequantize(a["k"], 1).swapaxes(1, 2).reshape(2, 2, -1, 128)
+    token = np.arange(keys.shape[2])
+    seen = (token < np.asarray(a["last"])[:, None])[:, None, None]
+    scores = np.where(seen, np.einsum("bkgh,bkth->bkgt", a["q"], keys), -1e30).astype(np.float32)
+    wanted = reference.levels_within(v, jnp.asarray(scores), jax.nn.logsumexp(scores, axis=-1))
+    wanted = unit_levels(dataclasses.replace(v, levels=wanted))
+    assert (np.asarray(read) >= wanted).all()
+    assert (np.asarray(read)[1] == wanted[1]).mean() > 0.6 and len(np.unique(np.asarray(read))) > 2
+    assert (np.asarray(read)[0, :, 1:] == 0).all()  # beyond the row's 129 tokens
+
+
+@pytest.mark.parametrize("shape, online", [("mha-h128", False), ("gqa2-h256", True)])
+def test_without_races(shape, online):
+    a = case(shape, "T+1,full")
+    if online:
+        limits = jnp.stack([jnp.full(a["v"].levels.shape, x, jnp.float32) for x in (-9, -4, -3)])
+        a["v"] = dataclasses.replace(a["v"], levels=None, limits=limits)
+    partial, read = run(a, interpret=pltpu.InterpretParams(detect_races=True))
+    error, _ = kernel_cases.errors(partial, oracle({**a, "v": as_read(a["v"], read)}))
+    assert error < 5e-5
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    assert not interpreter.races.races_found
+
+
+def test_reference_reads_by_limits():
+    """Two blocks of 32 tokens: one holds nearly all of the probability and is read, the other is skipped."""
+    rng = np.random.default_rng(0)
+    shape = specs.Shape(1, 1, 2, 1, 1, 4, tokens=32)
+    v = specs.make("planes", shape, rng)
+    scores = jnp.asarray(np.r_[np.zeros(32), np.full(32, -20.0)][None, None, None], jnp.float32)
+    limits = jnp.log(jnp.asarray([1e-6, 0.02, 0.5], jnp.float32)).reshape(3, 1, 1, 1) + jnp.zeros((3, 1, 2, 1))
+    v = dataclasses.replace(v, levels=None, limits=limits)
+    log_sum = jax.nn.logsumexp(scores, axis=-1)
+    np.testing.assert_array_equal(reference.levels_within(v, scores, log_sum)[0, :, 0], [2, 0])
+    # With as much elsewhere, each token has half: below the second limit.
+    v = dataclasses.replace(v, known=jnp.log(jnp.full((1, 1, 1), 32.0)))
+    np.testing.assert_array_equal(reference.levels_within(v, scores, log_sum)[0, :, 0], [1, 0])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"order": "tokens"}, 'store values in order "words"'),
+        ({"levels": None}, "keys are read by `levels`"),
+    ],
+)
+def test_what_is_refused(change, message):
+    a = case()
+    k = dataclasses.replace(a["k"], **change)
+    with pytest.raises(NotImplementedError, match=message):
+        tpu_planes.check(k, a["v"], 3, "v5e", False)
