@@ -123,7 +123,7 @@ def rotate(x, angle):
 @functools.cache
 def case(storage: str, shape: str, lengths: str, first: int = 0):
     """A named case: arguments of `decode_attention` (numpy leaves, the last layer) and the float64 answer."""
-    kinds, size = specs.STORAGES[storage], specs.SHAPES[shape]
+    kinds, size = (specs.STORAGES | specs.PLANES)[storage], specs.SHAPES[shape]
     rng = np.random.default_rng(_seed(storage, shape))
     k, v = specs.make(kinds.keys, size, rng), specs.make(kinds.values, size, rng)
     q, layer = specs.query(size, rng), size.layers - 1

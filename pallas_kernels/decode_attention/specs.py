@@ -51,6 +51,10 @@ STORAGES = {
     "kvquant4-dense": Storage("codebook4", "codebook4-token", pre_rope=True),
     "kvquant3-dense": Storage("codebook3", "codebook3-token", pre_rope=True),
     "kvquant2-dense": Storage("codebook2", "codebook2-token", pre_rope=True),
+}
+
+# Bit planes that are read in part have kernels of their own.
+PLANES = {
     "alignedkv": Storage("planes", "planes"),
     "alignedkv-stored": Storage("planes-channels", "planes-tokens"),
 }

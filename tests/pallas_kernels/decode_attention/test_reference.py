@@ -9,7 +9,7 @@ from pallas_kernels.decode_attention import api, specs
 from pallas_kernels.decode_attention.formats import Dense
 
 
-@pytest.mark.parametrize("storage", specs.STORAGES)
+@pytest.mark.parametrize("storage", [*specs.STORAGES, *specs.PLANES])
 def test_reference_equals_float64(storage):
     arguments, expected = kernel_cases.case(storage, "gqa4-h128", "T+1,full")
     error, log_error = kernel_cases.errors(api.decode_attention(**arguments), expected)
