@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -130,6 +131,18 @@ def _planes(kind: str, shape: Shape, rng: np.random.Generator) -> Planes:
         planes.append(plane if order == "words" else plane.swapaxes(-1, -2))
     levels = rng.integers(1, 4, (shape.batch, shape.blocks, shape.heads)).astype(np.int32)
     return Planes(tuple(planes), levels, order=order)
+
+
+def abstract(kind: str, shape: Shape) -> Format:
+    """As `make`, without contents: ShapeDtypeStructs, of any size."""
+    one = make(kind, dataclasses.replace(shape, blocks=1), np.random.default_rng(0))
+
+    def grow(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        # What is stored per block has the axes [L, B, N, K or 1, ...]; tables have fewer.
+        size = (*x.shape[:2], shape.blocks, *x.shape[3:]) if x.ndim >= 5 else x.shape
+        return jax.ShapeDtypeStruct(size, x.dtype)
+
+    return jax.tree.map(grow, one)
 
 
 def _half(x: Any) -> np.ndarray:

@@ -1,0 +1,205 @@
+"""What decode attention over a storage costs on a chip that is not there: instructions against memory cycles.
+
+A kernel keeps up with memory where its instructions for some bytes take no longer than the bytes. Both are counted for
+a *tile*, the keys and values of 128 tokens of one kv head: the instructions from the real compiler's listing, the
+cycles from the chip's bandwidth. These are budgets; a device's clock, its waits and its cache are not in them.
+"""
+
+import dataclasses
+import functools
+import importlib
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import deviceless, listings
+from pallas_kernels.decode_attention import api, specs
+from pallas_kernels.decode_attention.formats import Dense, Format, shape_of
+
+# Bytes that HBM delivers per clock of a TensorCore (two of them share a v5p or 7x) or of one of 132 SMs: bandwidth over
+# clock, from the vendors' data sheets.
+BYTES_PER_CLOCK = {"v5e": 546.0, "v5p": 700.0, "v6e": 937.0, "7x": 1700.0, "h100": 14.5, "h200": 20.7}
+TILE = 128
+VREG = 1024  # 32-bit elements of a TPU's vector register
+LANES = 128  # instructions that an SM's four schedulers issue per clock, times 32 lanes
+LONG = 1 << 20
+LLAMA_3_8B = specs.Shape(layers=2, batch=1, blocks=0, heads=8, group=4, channels=128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Static cost of one storage on one chip.
+
+    Attributes:
+      tile_bytes: codes, metadata and slots of a tile, as stored.
+      memory_cycles: that take so long to fetch, at least.
+      instructions: cycles they take per tile, at least. TPU: bundles that a tile more in a grid step adds. GPU: those
+        of the loop over the context, one per cycle and scheduler.
+      whole: as `instructions`, of a whole grid step at 1,048,576 tokens and with all that starts and ends a row.
+      units: TPU: slots by unit. GPU: instructions by opcode. Per tile, as `instructions`.
+      per_element: instructions of one lane per element of K and V.
+      spills: TPU: spills and fills. GPU: bytes.
+      temporary_bytes: of the call, at 1,048,576 tokens.
+      padding: bytes the storage takes on the device, over its own.
+      registers, shared_bytes: GPU; per thread and per block.
+    """
+
+    storage: str
+    chip: str
+    tile_bytes: float
+    memory_cycles: float
+    instructions: float
+    whole: float
+    units: dict[str, float]
+    per_element: float
+    spills: int
+    temporary_bytes: int
+    padding: float
+    registers: int = 0
+    shared_bytes: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """Instructions over memory cycles: at most 1 where memory is the limit."""
+        return self.instructions / self.memory_cycles
+
+    @property
+    def cycles(self) -> float:
+        """Predicted for a tile: whichever is slower."""
+        return max(self.instructions, self.memory_cycles)
+
+
+def implementation(chip: str) -> api.Implementation:
+    return "mosaic_tpu" if chip in deviceless.TPU_TOPOLOGIES else "mosaic_gpu"
+
+
+def problem(storage: str, tokens: int, shape: specs.Shape = LLAMA_3_8B) -> tuple[Format, Format, specs.Shape]:
+    """Abstract keys and values of a named storage over so many tokens; 3-bit codes come in blocks of 256 at least."""
+    kinds = specs.STORAGES[storage]
+    if any(re.search(r"[a-z]3(-|$)", kind) for kind in (kinds.keys, kinds.values)):
+        # 12 rows of words per block of 128 are no whole tiles of a TPU's memory.
+        shape = dataclasses.replace(shape, tokens=max(shape.tokens, 256))
+    shape = dataclasses.replace(shape, blocks=tokens // shape.tokens)
+    return specs.abstract(kinds.keys, shape), specs.abstract(kinds.values, shape), shape
+
+
+def compile_storage(
+    storage: str, tokens: int, on: deviceless.Target, shape: specs.Shape = LLAMA_3_8B
+) -> deviceless.Compiled:
+    """The kernel for a named storage over so many tokens.
+
+    Raises:
+      NotImplementedError: where there is no kernel for it.
+    """
+    k, v, shape = problem(storage, tokens, shape)
+    pre_rope = specs.STORAGES[storage].pre_rope
+
+    def attend(q, k, v, layer, first, last, position):
+        return api.decode_attention(
+            q, k, v, layer=layer, first=first, last=last, implementation=implementation(on.chip), chip=on.kernel_chip,
+            rotation=specs.rotation(shape, position) if pre_rope else None,
+        )  # fmt: skip
+
+    row = jax.ShapeDtypeStruct((shape.batch,), jnp.int32)
+    q = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.group, shape.channels), jnp.float32)
+    return deviceless.compile(attend, (q, k, v, jax.ShapeDtypeStruct((), jnp.int32), row, row, row), on)
+
+
+def cost(storage: str, on: deviceless.Target, shape: specs.Shape = LLAMA_3_8B, marginal: bool = True) -> Cost:
+    """Compiles a storage's kernel, and counts.
+
+    Args:
+      marginal: TPU: compile a second time, to tell apart what a tile costs and what a step does. Else all is shared out
+        over the tiles of a step.
+
+    Raises:
+      NotImplementedError: where there is no kernel for it.
+    """
+    k, v, shape = problem(storage, LONG, shape)
+    kernel, memory = _sm_90(storage, shape) if on.platform == "cuda" else _compile_long(storage, on, shape)
+    elements = 2 * TILE * shape.channels
+    if on.platform == "tpu":
+        whole, units = _tpu_tile(storage, on, shape, kernel, marginal)
+        instructions = units.pop("bundles")
+        vector = sum(units.get(unit, 0.0) for unit in ("VALU", "XLU", "EUP", "VLOAD", "VSTORE"))
+        per_element, spills = vector * VREG / elements, kernel.spills
+        facts = {}
+    else:
+        units = _gpu_tile(kernel, k, v, elements)
+        instructions = whole = sum(units.values())
+        per_element, spills = instructions * LANES / elements, kernel.spill_bytes
+        facts = {"registers": kernel.registers, "shared_bytes": kernel.shared_bytes}
+    tile_bytes = nbytes((k, v)) / (shape.layers * shape.batch * shape.heads * LONG / TILE)
+    return Cost(
+        storage,
+        on.chip,
+        tile_bytes,
+        tile_bytes / BYTES_PER_CLOCK[on.chip],
+        instructions,
+        whole,
+        units,
+        per_element,
+        spills,
+        memory.temporary,
+        memory.argument / nbytes((k, v)),
+        **facts,
+    )
+
+
+def _compile_long(storage: str, on: deviceless.Target, shape: specs.Shape) -> tuple[Any, deviceless.Memory]:
+    compiled = compile_storage(storage, LONG, on, shape)
+    if len(compiled.kernels) != 1:
+        raise ValueError(f"one kernel was to be compiled, and there are {sorted(compiled.kernels) or 'none'}")
+    (kernel,) = compiled.kernels.values()
+    return kernel, compiled.memory
+
+
+@functools.cache
+def _sm_90(storage: str, shape: specs.Shape) -> tuple[Any, deviceless.Memory]:
+    # H100 and H200 run the same code, and Mosaic lists what a process compiles a second time no more.
+    return _compile_long(storage, deviceless.target("h100"), shape)
+
+
+def nbytes(tree: Any) -> int:
+    """Of arrays, abstract or not."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _tpu_tile(
+    storage: str, on: deviceless.Target, shape: specs.Shape, kernel: listings.Schedule, marginal: bool
+) -> tuple[float, dict[str, float]]:
+    """Bundles per tile of a whole step, and slots and "bundles" per tile: of it, or the difference of two."""
+    tpu_plan = importlib.import_module("pallas_kernels.decode_attention.tpu_plan")  # as `api` imports kernels
+
+    def tiles(tokens: int) -> int:
+        k, v, _ = problem(storage, tokens, shape)
+        plan = tpu_plan.make_plan(k, v, shape.group, on.kernel_chip)
+        return plan.chunk_blocks * plan.tokens // TILE
+
+    many = tiles(LONG)
+    whole = kernel.step["bundles"] / many
+    if not marginal:
+        return whole, {unit: slots / many for unit, slots in kernel.step.items()}
+    tokens = 2 * many * TILE  # of a context shorter than four steps, a step is a quarter
+    few = tiles(tokens)
+    if few >= many:
+        raise ValueError(f"a step over {tokens} tokens is no smaller than one over {LONG}")
+    (smaller,) = compile_storage(storage, tokens, on, shape).kernels.values()
+    return whole, {unit: (kernel.step[unit] - smaller.step[unit]) / (many - few) for unit in kernel.step}
+
+
+def _gpu_tile(kernel: listings.GpuKernel, k: Format, v: Format, elements: int) -> dict[str, float]:
+    """Instructions per tile and opcode of the loop over the context."""
+    # Slow paths (waits) stand behind the end and jump back, which looks like a larger loop.
+    products = {loop: sum(kernel.count(loop)[op] for op in ("HGMMA", "HMMA")) for loop in kernel.loops}
+    hot = min((loop for loop in products if products[loop] == max(products.values())), key=lambda x: x.stop - x.start)
+    # A warp group holds 64 rows of planes at a time (`gpu_skeleton`), so as many blocks as give them.
+    rows = min(64, *(x.values.shape[-2] if isinstance(x, Dense) else x.codes.shape[-2] for x in (k, v)))
+    tiles = -(-64 // rows) * shape_of(k)[4] / TILE
+    if products[hot] * 64 * 16 < tiles * elements:
+        raise ValueError(f"{products[hot]} matrix products of 64 x 16 are too few for {tiles:g} tiles")
+    # Every lane of a warp group's four warps runs them, one warp on each of an SM's four schedulers.
+    return {opcode: n / tiles for opcode, n in kernel.count(hot).items()}
