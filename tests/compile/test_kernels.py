@@ -1,0 +1,51 @@
+"""Every storage's decode kernel by the real compilers of every chip: it compiles, spills nothing, and has not grown."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels import deviceless
+from pallas_kernels.decode_attention import budget
+from pallas_kernels.decode_attention.specs import STORAGES
+
+# Written by `python scripts/kernel_budget.py --json tests/compile/budget.json`.
+BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text(encoding="utf-8"))
+COMMITTED = {(row["chip"], row["storage"]): row for row in BUDGET["rows"]}
+GROWTH = 1.15  # another version of a compiler may schedule a little differently
+# A GPU's splits leave a result each, 66 of them for 8 heads; a TPU's nothing.
+TEMPORARIES = {"tpu": 1 << 20, "cuda": 8 << 20}
+CHIPS = [chip for chip in deviceless.CHIPS if chip != "h200"]  # the code of an h100
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_kernel_compiles_within_its_budget(on, chip, storage):
+    target = on(chip)
+    pytest.importorskip(f"pallas_kernels.decode_attention.{budget.implementation(chip)}")
+    committed = COMMITTED.get((chip, storage))
+    if committed is None:
+        with pytest.raises(NotImplementedError):
+            budget.cost(storage, target, marginal=False)
+        pytest.skip(BUDGET["refused"].get(f"{chip} {storage}", "not in budget.json"))
+    cost = budget.cost(storage, target, marginal=False)
+    assert cost.spills == 0
+    assert cost.temporary_bytes < TEMPORARIES[target.platform]
+    assert cost.padding < 1.01  # T and H of the presets fill whole tiles in memory
+    assert cost.whole <= GROWTH * committed["whole"]
+    assert cost.registers <= 255 and cost.shared_bytes <= 227 * 1024
+
+
+def test_the_budget_lists_every_storage_on_every_chip():
+    for name in ("mosaic_tpu", "mosaic_gpu"):
+        pytest.importorskip(f"pallas_kernels.decode_attention.{name}")
+    listed = {f"{chip} {storage}" for chip, storage in COMMITTED} | set(BUDGET["refused"])
+    assert listed == {f"{chip} {storage}" for chip in deviceless.CHIPS for storage in STORAGES}
+    assert all(row["spills"] == 0 for row in BUDGET["rows"])
+
+
+def test_an_h200_is_another_gpu_with_the_same_code(on):
+    h100, h200 = (on(chip) for chip in ("h100", "h200"))
+    assert h200.kernel_chip == h100.kernel_chip
+    kinds = [next(iter(target.sharding.device_set)).device_kind for target in (h100, h200)]
+    assert kinds == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
