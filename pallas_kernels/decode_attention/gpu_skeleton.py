@@ -1,0 +1,272 @@
+"""Decode attention on Hopper: the walk over the context, shared by all storage formats (Pallas Mosaic GPU).
+
+A program takes one row, one kv head and one split of its blocks, and walks them in *chunks* of `run` blocks. Blocks are
+packed along tokens (`pallas_kernels.packing`): word row c of a block holds tokens f * C + c. A chunk of keys lies in
+shared memory as tiles of 64 rows: R word rows of each of `run = 64 / R` blocks, so that one field of a tile is a
+*plane*, 64 tokens x H, which is the A operand of a `wgmma` against the queries:
+
+    row r of plane p  is  token  p * R + r % R  of block  r // R  of the chunk,     0 <= p < T / R.
+
+Keys and values may have different word rows; R divides both, so both see the same planes. Scores and weights are tiles
+`[64, columns]` of float32, queries in columns (8 or 16 of them). Splits are merged outside.
+
+A decoder is a frozen dataclass with static fields only (`plan` among them). It supplies
+
+    word_rows(fmt)                      rows that a block has: T for dense, words of a block for packed codes (static)
+    arrays(...) -> list                 what the kernel reads: for keys of (fmt, q [B, K, columns, H] float32), for
+                                        values of (fmt,); rotation tables and slot arrays go here too
+    scratch() -> list                   shared memory; a chunk's own with a leading axis of one slot per chunk in flight
+    copies() -> int                     asynchronous copies that `fetch` starts for one chunk
+    fetch(src, dst, at, slot, barrier)  starts them; `src`, `dst`: refs of arrays and scratch, `at`: where (`At`)
+    keys:   begin(src, dst, at, barrier)       once per program: copies that many barrier arrivals, waits for them
+            begin_copies() -> int              how many
+            scores(dst, at, slot, planes) -> [tile per plane]       in units of log2; `planes` are static numbers
+    values: init() -> state             accumulators, any pytree
+            add(dst, at, slot, planes, weights, alpha [columns], state) -> state
+                                        state * alpha + the values of those planes times their weights
+            results() -> list           ShapeDtypeStructs (float32) of one program's answer; `finish(state) -> arrays`
+            merge(results, weight) -> [B, K, columns, H]    joins the splits, each with its `weight [B, K, S, columns]`
+"""
+# mypy: ignore-errors
+# (It checks against the oldest JAX admitted, which lacks what this file is written for.)
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_attention.formats import Format, Partial, shape_of
+from pallas_kernels.decode_attention.gpu_tiles import COLUMN, ROWS, full, over_rows
+from pallas_kernels.decode_attention.reference import EMPTY
+
+LOG2E = 1.4426950408889634
+SPLIT_TOKENS = 8192  # a split shorter than this costs more to merge than it hides
+PROGRAMS = 528  # two for each of two that a multiprocessor of an H100 holds (132 of them)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static sizes of a call: those of the storage, then R, the columns, splits, chunks in flight and the planes that
+    are alive at once (their scores take `columns / 2` registers each)."""
+
+    layers: int
+    batch: int
+    heads: int
+    blocks: int
+    tokens: int
+    channels: int
+    rows: int
+    columns: int
+    splits: int
+    slots: int
+    interpret: Any
+
+    @property
+    def length(self) -> int:
+        """Of the blocks' axis of `flat` arrays."""
+        return max(self.run, self.layers * self.batch * self.blocks)
+
+    @property
+    def run(self) -> int:
+        return ROWS // self.rows
+
+    @property
+    def planes(self) -> int:
+        return self.tokens // self.rows
+
+    @property
+    def padded(self) -> int:
+        """Channels in whole tiles."""
+        return -(-self.channels // ROWS) * ROWS
+
+    @property
+    def rounds(self) -> list[range]:
+        step = min(self.planes, (128 if self.channels <= 128 else 16) // self.columns)
+        return [range(i, i + step) for i in range(0, self.planes, step)]
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """Where a program, or one chunk of it, is; all traced.
+
+    Attributes:
+      layer, row, head: of the program.
+      base: block 0 of the row, where layers, rows and blocks are one axis.
+      start: the chunk's first block within the row; negative where fewer than `run` blocks are left in the arrays.
+    """
+
+    layer: Any
+    row: Any
+    head: Any
+    base: Any
+    start: Any = 0
+
+    def block(self, i):
+        return jnp.maximum(self.start + i, 0)
+
+    def blocks(self, plan: Plan):
+        """The chunk's blocks, on the axis of `flat` arrays."""
+        return pl.ds(self.base + self.start, plan.run)
+
+
+def flat(plan: Plan, x: jax.Array) -> jax.Array:
+    """`[L, B, N, ...]` as `[L * B * N, ...]`, so that one copy fetches all blocks of a chunk."""
+    x = x.reshape(-1, *x.shape[3:])
+    short = max(0, plan.run - x.shape[0])
+    return jnp.pad(x, ((0, short), *((0, 0),) * (x.ndim - 1))) if short else x
+
+
+def plan(k: Format, group: int, word_rows: tuple[int, int], interpret: Any, splits: int | None = None) -> Plan:
+    layers, batch, blocks, heads, tokens, channels = shape_of(k)
+    rows = min(ROWS, *word_rows)
+    if splits is None:
+        splits = max(1, min(-(-PROGRAMS // (batch * heads)), blocks * tokens // SPLIT_TOKENS))
+    return Plan(layers, batch, heads, blocks, tokens, channels, rows, 8 if group <= 8 else 16, splits, 1, interpret)
+
+
+def attend(plan: Plan, keys, values, k: Format, v: Format, q, layer, first, last) -> Partial:
+    """`q [B, K, G, H]` float32 times the softmax scale, to a Partial."""
+    group = q.shape[2]
+    padding = ((0, 0), (0, 0), (0, plan.columns - group), (0, 0))
+    inputs = [keys.arrays(k, jnp.pad(q, padding)), values.arrays(v)]
+    scalars = [x.astype(jnp.int32).reshape(-1) for x in (layer, first, last)]
+    *results, top, total = _call(plan, keys, values, scalars, inputs)
+    best = top.max(2)
+    weight = jnp.exp2(top - best[:, :, None])
+    acc = values.merge(results, weight)
+    total = (total * weight).sum(2)
+    best = jnp.where(total > 0, best / jnp.float32(LOG2E), jnp.float32(EMPTY))
+    return Partial(acc[:, :, :group], best[:, :, :group], total[:, :, :group])
+
+
+def _call(plan: Plan, keys, values, scalars, inputs):
+    counts = [3, len(inputs[0]), len(inputs[1])]
+    per_split = (plan.batch, plan.heads, plan.splits)
+    answer = [*values.results(), *[jax.ShapeDtypeStruct((plan.columns,), jnp.float32)] * 2]
+    outs = [jax.ShapeDtypeStruct((*per_split, *x.shape), x.dtype) for x in answer]
+    scratch = [keys.scratch(), values.scratch()]
+    counts += [len(outs), len(scratch[0]), len(scratch[1])]
+
+    def body(*refs):
+        parts, i = [], 0
+        for n in counts:
+            parts.append(refs[i : i + n])
+            i += n
+        _program(plan, keys, values, *parts, *refs[i:])
+
+    barriers = [
+        plgpu.Barrier(num_arrivals=keys.copies(), num_barriers=plan.slots),
+        plgpu.Barrier(num_arrivals=values.copies(), num_barriers=plan.slots),
+        plgpu.Barrier(num_arrivals=keys.begin_copies()),
+    ]
+    kernel = plgpu.kernel(
+        body,
+        out_type=outs,
+        grid=(plan.splits, plan.heads, plan.batch),
+        grid_names=("split", "head", "row"),
+        scratch_types=[*scratch[0], *scratch[1], *barriers],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **({"interpret": plan.interpret} if plan.interpret else {}),
+    )
+    return kernel(*scalars, *inputs[0], *inputs[1])
+
+
+def _program(plan: Plan, keys, values, scalars, k_src, v_src, outs, k_dst, v_dst, k_bar, v_bar, q_bar):
+    layer_ref, first_ref, last_ref = scalars
+    split, head, row = (lax.axis_index(n) for n in ("split", "head", "row"))
+    first, last = jnp.maximum(first_ref[row], 0), jnp.minimum(last_ref[row], plan.blocks * plan.tokens)
+    low, high = first // plan.tokens, -(-last // plan.tokens)
+    chunks = jnp.where(last > first, -(-(high - low) // plan.run), 0)
+    share = -(-chunks // plan.splits)
+    begin, end = split * share, jnp.minimum((split + 1) * share, chunks)
+    base = (layer_ref[0] * plan.batch + row) * plan.blocks
+    program = At(layer_ref[0], row, head, base)
+
+    def at(i):
+        # The last chunk is moved back to end with the last block needed, and not beyond the arrays: blocks that it
+        # shares with its neighbour are masked.
+        start = jnp.minimum(low + i * plan.run, jnp.maximum(high - plan.run, 0))
+        return dataclasses.replace(program, start=jnp.minimum(start, plan.length - plan.run - base))
+
+    def fetch(decoder, i, src, dst, barrier):
+        slot = lax.rem(i - begin, plan.slots)
+        decoder.fetch(src, dst, at(i), slot, barrier.at[slot])
+
+    @pl.when(begin < end)
+    def _():
+        keys.begin(k_src, k_dst, program, q_bar)
+
+    for s in range(plan.slots):
+
+        @pl.when(begin + s < end)
+        def _(s=s):
+            fetch(keys, begin + s, k_src, k_dst, k_bar)
+            fetch(values, begin + s, v_src, v_dst, v_bar)
+
+    def chunk(i, carry):
+        top, total, state = carry
+        slot = lax.rem(i - begin, plan.slots)
+        own = (low + i * plan.run) * plan.tokens
+        plgpu.barrier_wait(k_bar.at[slot])
+        for n, planes in enumerate(plan.rounds):
+            scores = keys.scores(k_dst, at(i), slot, planes)
+            scores = _mask(plan, scores, planes, at(i).start * plan.tokens, jnp.maximum(first, own), last)
+            new = scores[0]
+            for s in scores[1:]:
+                new = jnp.maximum(new, s)
+            new = jnp.maximum(top, jnp.max(new, axis=0))
+            alpha = jnp.exp2(top - new)
+            weights = [jnp.exp2(s - over_rows(new, ROWS)) for s in scores]
+            total = total * over_rows(alpha, ROWS) + sum(weights[1:], weights[0])
+            top = new
+            if n == 0:
+                plgpu.barrier_wait(v_bar.at[slot])
+            if n == len(plan.rounds) - 1:
+                _next(plan, i, end, lambda j: fetch(keys, j, k_src, k_dst, k_bar))
+            state = values.add(v_dst, at(i), slot, planes, weights, alpha, state)
+        _next(plan, i, end, lambda j: fetch(values, j, v_src, v_dst, v_bar))
+        return top, total, state
+
+    empty = full((plan.columns,), EMPTY, plan.interpret), full((ROWS, plan.columns), 0.0, plan.interpret)
+    top, total, state = lax.fori_loop(begin, end, chunk, (*empty, values.init()))
+    for ref, x in zip(outs, (*values.finish(state), top, jnp.sum(total, axis=0))):
+        plgpu.store(ref.at[row, head, split], x, optimized=False)
+
+
+def _next(plan: Plan, i, end, fetch) -> None:
+    # All warps have read the slot before the copy engine fills it again.
+    plgpu.commit_smem()
+
+    @pl.when(i + plan.slots < end)
+    def _():
+        fetch(i + plan.slots)
+
+
+def _mask(plan: Plan, scores: list, planes: range, base, first, last) -> list:
+    """Hides tokens outside of `first <= t < last`; a chunk that lies within pays one comparison."""
+    tokens = plan.run * plan.tokens
+
+    def hide(scores):
+        shape = (ROWS, plan.columns)
+        if plan.interpret:
+            row = lax.broadcasted_iota(jnp.int32, shape, 0)
+        else:
+            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+        token = (row // plan.rows) * plan.tokens + row % plan.rows + base
+        hidden = []
+        for p, s in zip(planes, scores):
+            t = token + p * plan.rows
+            hidden.append(jnp.where((t >= first) & (t < last), s, jnp.float32(EMPTY)))
+        return tuple(hidden)
+
+    inside = (base >= first) & (base + tokens <= last)
+    return list(lax.cond(inside, lambda s: s, hide, tuple(scores)))
+
+
+def load_column(ref, interpret) -> jax.Array:
+    """`ref[columns]` in shared memory, one value per column of a tile."""
+    return ref[...] if interpret else plgpu.load(ref, layout=COLUMN)
