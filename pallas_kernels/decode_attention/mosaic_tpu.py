@@ -6,20 +6,38 @@ packed codes and metadata of heads below 128 channels (XLA puts blocks on lanes)
 block (groups of a whole block, or of the kv width). Dense storage of any head size is read as XLA has it.
 """
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
 
-from pallas_kernels.decode_attention.formats import Affine, Dense, Format, Partial, Rotation, describe, shape_of
+from pallas_kernels.decode_attention.formats import (
+    Affine,
+    Codebook,
+    Dense,
+    Format,
+    Partial,
+    Rotation,
+    describe,
+    shape_of,
+)
 from pallas_kernels.decode_attention.tpu_affine_keys import KeysPerChannel, KeysPerToken
 from pallas_kernels.decode_attention.tpu_affine_values import ValuesPerToken
+from pallas_kernels.decode_attention.tpu_codebook import (
+    CodebookKeys,
+    CodebookValues,
+    check_codebook,
+    check_codebook_keys,
+)
 from pallas_kernels.decode_attention.tpu_dense import DenseKeys, DenseValues
 from pallas_kernels.decode_attention.tpu_plan import LANES, Plan, make_plan
-from pallas_kernels.decode_attention.tpu_skeleton import KeyDecoder, ValueDecoder, decode
+from pallas_kernels.decode_attention.tpu_skeleton import decode
 
 HEAD_SIZES = (64, 96, 128, 256)
 MOST_QUERIES = 16
 SMALLEST_GROUP = 32
+CODEBOOK_TOKENS = 1024  # that one iteration overlaps: look-ups need many registers
 
 
 def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
@@ -34,9 +52,13 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
     for name, x in (("keys", k), ("values", v)):
         if isinstance(x, Affine):
             _check_affine(name, x)
+        elif isinstance(x, Codebook):
+            check_codebook(x)
         elif not isinstance(x, Dense):
             raise NotImplementedError(f"the TPU kernel has no decoder for {name} as {describe(x)}.")
-    if rotates:
+    if isinstance(k, Codebook):
+        check_codebook_keys(k, rotates)
+    elif rotates:
         raise NotImplementedError(f"the TPU kernel does not rotate keys stored as {describe(k)} before RoPE.")
 
 
@@ -68,13 +90,11 @@ def decode_attention(
 ) -> Partial:
     """As `api.decode_attention`."""
     plan = make_plan(k, v, q.shape[2], chip)
-    keys, values = _decoders(k, v, plan)
+    if isinstance(k, Codebook) or isinstance(v, Codebook):
+        plan = dataclasses.replace(plan, unroll=math.gcd(plan.unroll, max(1, CODEBOOK_TOKENS // plan.run_tokens)))
+    keys: Any = CodebookKeys(k, plan, rotation, first) if isinstance(k, Codebook) else KEYS[type(k)](k, plan)
+    values = VALUES[type(v)](v, plan)
     return decode(q, keys, values, plan, layer, first, last, interpret)
-
-
-def _decoders(k: Format, v: Format, plan: Plan) -> tuple[KeyDecoder, ValueDecoder]:
-    """The decoders of both storages, or NotImplementedError."""
-    return KEYS[type(k)](k, plan), VALUES[type(v)](v, plan)
 
 
 def affine_keys(fmt: Affine, plan: Plan) -> KeysPerChannel | KeysPerToken:
@@ -82,4 +102,4 @@ def affine_keys(fmt: Affine, plan: Plan) -> KeysPerChannel | KeysPerToken:
 
 
 KEYS: dict[type, Any] = {Dense: DenseKeys, Affine: affine_keys}
-VALUES: dict[type, Any] = {Dense: DenseValues, Affine: ValuesPerToken}
+VALUES: dict[type, Any] = {Dense: DenseValues, Affine: ValuesPerToken, Codebook: CodebookValues}

@@ -1,0 +1,177 @@
+"""Numbers per token on TPU, of all blocks of a chunk at once: `[blocks, T]`, tokens on lanes.
+
+XLA lays out small arrays by its own rules, and a kernel that asks for another order has the array copied, the whole
+cache for one layer of one step. So these operands follow the layouts of XLA (as its TPU compiler of 2026 has them):
+
+* `[L, B, N, 1, T]`, shared by the kv heads: N on sublanes. A kernel may only begin at whole tiles there: fixed windows
+  of blocks are fetched, as many as cover a chunk.
+* `[L, B, N, K, s, T]` where s rows do not fill 32-bit words but K rows do: K on sublanes. All heads are fetched, and a
+  head is read as one byte (or half) of every word.
+* other `[L, B, N, K, s, T]`: as they stand.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention.tpu_metadata import split
+from pallas_kernels.decode_attention.tpu_plan import LANES, Operand, Plan
+from pallas_kernels.decode_attention.tpu_skeleton import Refs, Step
+
+TILE = 16  # rows of a tile of 16-bit numbers
+
+
+def float16_of(high: jax.Array) -> jax.Array:
+    """float32 of float16 bits in the upper half of int32; subnormal ones (below 6.2e-5) may come out as 0."""
+    return pltpu.bitcast((high >> 3) & jnp.int32(~0x70000000), jnp.float32) * jnp.float32(2.0**112)
+
+
+def permute(rows: list[jax.Array], matrix: jax.Array) -> list[jax.Array]:
+    """Tokens of float32 `[n, T]` brought to another order by a 0/1 matrix; exact to 16 bits."""
+    count = rows[0].shape[0]
+    both = jnp.concatenate([x for row in rows for x in split(row)], axis=0)
+    both = jnp.dot(both, matrix, preferred_element_type=jnp.float32)
+    return [
+        both[2 * i * count : (2 * i + 1) * count] + both[(2 * i + 1) * count : (2 * i + 2) * count]
+        for i in range(len(rows))
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedRows:
+    """float16 numbers `[L, B, N, 1, T]` of a chunk's blocks."""
+
+    plan: Plan
+
+    @property
+    def window(self) -> int:
+        """Blocks that are fetched at once."""
+        size = pl.cdiv(self.plan.chunk_blocks, TILE) * TILE
+        return min(self.plan.blocks, size + TILE if self.plan.blocks % TILE == 0 else size)
+
+    @property
+    def windows(self) -> int:
+        return 1 if self.plan.blocks % TILE == 0 or self.window == self.plan.blocks else 2
+
+    @property
+    def rows(self) -> int:
+        """Rows that are held; the first block of the chunk is at `offset`."""
+        return self.windows * self.window
+
+    def _first(self, start: jax.Array) -> jax.Array:
+        """The first block that is fetched for a chunk that begins at block `start`."""
+        if self.windows == 2:
+            return lax.div(start, jnp.int32(self.window)) * self.window
+        tiles = lax.shift_right_logical(start, jnp.int32(TILE.bit_length() - 1))
+        return jnp.minimum(tiles, (self.plan.blocks - self.window) // TILE) * TILE
+
+    def operands(self, array: jax.Array) -> list[Operand]:
+        array, plan, size = array[:, :, :, 0], self.plan, self.window
+        squeezed, ends = pl.Squeezed(), pl.cdiv(plan.blocks, size) - 1
+
+        def spec(window):
+            def index(b, k, c, layer, first, last):
+                used = jnp.clip(c, 0, jnp.maximum(plan.count(first[b], last[b]) - 1, 0))
+                start = plan.start(first[b], used)
+                if self.windows == 1:
+                    return layer[0], b, self._first(start), 0
+                return layer[0], b, jnp.minimum(lax.div(start, jnp.int32(size)) + window, ends), 0
+
+            if self.windows == 1:
+                return pl.BlockSpec((squeezed, squeezed, pl.Element(size), pl.Element(plan.tokens)), index)
+            return pl.BlockSpec((None, None, size, plan.tokens), index)
+
+        return [Operand(array, spec(i)) for i in range(self.windows)]
+
+    def offset(self, step: Step) -> jax.Array:
+        return step.block - self._first(step.block)
+
+    def read(self, refs: Refs) -> jax.Array:
+        """float32 `[rows, T]`."""
+        return jnp.concatenate([float16_of(ref[...].astype(jnp.int32) << 16) for ref in refs], axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotRows:
+    """Numbers of 8 or 16 bits `[L, B, N, K, s, T]` of a chunk's blocks and one head, per slot."""
+
+    array: Any
+    plan: Plan
+
+    @property
+    def per_word(self) -> int:
+        return 4 // self.array.dtype.itemsize
+
+    @property
+    def slots(self) -> int:
+        return self.array.shape[-2]
+
+    @property
+    def heads_on_sublanes(self) -> bool:
+        return self.slots % self.per_word != 0 and self.plan.heads % self.per_word == 0
+
+    @property
+    def _rows(self) -> int:
+        """Rows of words per block."""
+        return (self.slots * self.plan.heads if self.heads_on_sublanes else self.slots) // self.per_word
+
+    def operand(self) -> Operand:
+        if not self.heads_on_sublanes:
+            return self.plan.stored(self.array)
+        array, plan = self.array.swapaxes(3, 4), self.plan
+        inner = [pl.Element(n) for n in array.shape[3:]]
+
+        def index(b, k, c, layer, first, last):
+            used = jnp.clip(c, 0, jnp.maximum(plan.count(first[b], last[b]) - 1, 0))
+            return layer[0], b, plan.start(first[b], used), 0, 0, 0
+
+        squeezed = pl.Squeezed()
+        return Operand(array, pl.BlockSpec((squeezed, squeezed, pl.Element(plan.chunk_blocks), *inner), index))
+
+    def scratch(self) -> Any:
+        # Rows are read with a stride, which takes arrays of one register's lanes.
+        tiles = self.plan.tokens // LANES
+        return pltpu.VMEM((tiles, max(self._rows, 1) * self.plan.chunk_blocks, LANES), jnp.int32)
+
+    def read(self, ref: Any, words: Any, head: jax.Array) -> list[jax.Array]:
+        """Per slot int32 `[chunk_blocks, T]`, the number in the upper bits. `words` is the scratch."""
+        bits, blocks = 32 // self.per_word, self.plan.chunk_blocks
+        if not self.heads_on_sublanes and self.slots % self.per_word:
+            # Few heads, or an odd number: rows as they are.
+            x = ref[...].astype(jnp.int32) << (32 - bits)
+            return [x[:, s] for s in range(self.slots)]
+        tiles = range(words.shape[0])
+        flat = pltpu.bitcast(ref[...].reshape(-1, self.plan.tokens), jnp.int32)
+        for i in tiles:
+            words[i] = flat[:, i * LANES : (i + 1) * LANES]
+        out = []
+        for s in range(self.slots):
+            if self.heads_on_sublanes:
+                group = lax.div(head, jnp.int32(self.per_word))
+                row = s * (self.plan.heads // self.per_word) + group
+                shift = (self.per_word - 1 - (head - group * self.per_word)) * bits
+            else:
+                row = jnp.int32(s // self.per_word)
+                shift = jnp.int32((self.per_word - 1 - s % self.per_word) * bits)
+            rows = pl.ds(row, blocks, stride=self._rows) if self._rows > 1 else slice(None)
+            x = jnp.concatenate([words[i, rows] for i in tiles], axis=1)
+            out.append((x << shift) & jnp.int32(-(1 << (32 - bits))))
+        return out
+
+
+def row(ref: Any, index: tuple, first: jax.Array, count: int) -> jax.Array:
+    """`[1, count * T]`: rows `first`, ..., of `ref[index]` side by side."""
+    return jnp.concatenate([ref[(*index, pl.ds(first + i, 1))] for i in range(count)], axis=1)
+
+
+def block_permutation(order: np.ndarray, tokens: int) -> np.ndarray:
+    """0/1 `[T, T]` that takes a block from natural order to that of a run, which has the same order in every block."""
+    order = order.reshape(-1, tokens)
+    assert (order == order[:1] + np.arange(len(order))[:, None] * tokens).all()
+    return np.arange(tokens)[:, None] == order[:1]

@@ -1,0 +1,90 @@
+"""Codebook storage in the TPU kernel, in the interpreters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import kernel_cases
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention import api, specs, tpu_plan
+
+OLD, NEW = "v5e", "v6e"  # float32 gathers, and byte gathers
+
+CASES = [
+    ("kvquant4", "gqa4-h128", NEW),
+    ("kvquant4-dense", "gqa3-h96", OLD),
+    ("kvquant3", "gqa4-h128-t256", NEW),
+    ("kvquant3-dense", "gqa4-h128-t256", OLD),
+    ("kvquant2", "mqa16-h64", OLD),
+    ("kvquant2", "gqa2-h256", NEW),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_graphs(monkeypatch):
+    # The interpreter takes long to compile unrolled runs.
+    monkeypatch.setattr(tpu_plan, "UNROLLED_TOKENS", 128)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "chip", "interpret"))
+def attend(q, k, v, layer, first, last, position, *, shape, chip, interpret):
+    return api.decode_attention(
+        q,
+        k,
+        v,
+        layer=layer,
+        first=first,
+        last=last,
+        rotation=specs.rotation(specs.SHAPES[shape], position),
+        implementation="mosaic_tpu",
+        chip=chip,
+        interpret=interpret,
+    )
+
+
+def run(arguments, shape, chip, interpret=True):
+    operands = (arguments[x] for x in ("q", "k", "v", "layer", "first", "last"))
+    return attend(*operands, arguments["rotation"].position, shape=shape, chip=chip, interpret=interpret)
+
+
+def assert_close(cases, shape, **kwargs):
+    """Over the cases, errors at most twice those of the plain evaluation in bfloat16."""
+    ours = [kernel_cases.errors(run(arguments, shape, **kwargs), expected) for arguments, expected in cases]
+    plain = [kernel_cases.errors(kernel_cases.low_precision(a, jnp.bfloat16), expected) for a, expected in cases]
+    for error, bound in zip(np.max(ours, axis=0), np.max(plain, axis=0)):
+        assert error <= 2 * bound + 1e-5, (ours, plain)
+
+
+@pytest.mark.parametrize(("storage", "shape", "chip"), CASES)
+def test_storage(storage, shape, chip):
+    cases = [kernel_cases.case(storage, shape, lengths) for lengths in specs.LENGTHS]
+    cases += [kernel_cases.case(storage, shape, lengths, 100) for lengths in ("T+1,full", "full,0")]
+    assert_close(cases, shape, chip=chip)
+
+
+def test_on_a_simulated_tpu_with_race_detection():
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
+
+    try:
+        cases = [kernel_cases.case("kvquant2", "mha-h128", "T+1,full", 100)]
+        assert_close(cases, "mha-h128", chip=NEW, interpret=pltpu.InterpretParams(detect_races=True))
+        assert not simulator.races.races_found
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+def test_what_is_refused_says_why():
+    rng = np.random.default_rng(0)
+
+    def refuses(why, keys, rotates):
+        shape = specs.Shape(1, 1, 1, 1, 1, 128)
+        k, v = specs.make(keys, shape, rng), specs.make("codebook4-token", shape, rng)
+        with pytest.raises(NotImplementedError, match=why):
+            api.check(k, v, 1, "mosaic_tpu", "v6e", rotates)
+
+    refuses("use blocks of 256 tokens", "codebook3", True)
+    refuses("a scale per channel, not per token", "codebook4-token", False)
+    refuses("outlier slots of keys that are stored before RoPE only", "codebook4-s", False)
