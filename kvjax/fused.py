@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import KVCache, Segment
-from kvjax.codecs.affine import AffineCodec
+from kvjax.codecs.affine import AffineBlock, AffineCodec
 from kvjax.codecs.base import AbstractCodec
-from kvjax.codecs.identity import IdentityCodec
+from kvjax.codecs.identity import DenseBlock, IdentityCodec
 from kvjax.codecs.kvquant import NUQBlock, NUQChannelCodec, NUQTokenCodec
 from kvjax.codecs.rotated import RotatedCodec
 from kvjax.model.rope import cos_sin
@@ -21,7 +21,10 @@ from pallas_kernels.decode_attention import api
 from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, Partial, Rotation
 
 # (storage type, platform) -> implementation; the kernel's own `check` has the last word on shapes and chips.
-FAST: dict[tuple[type, str], api.Implementation] = {}
+_KERNELS: dict[str, api.Implementation] = {"cpu": "xla_cpu", "gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+FAST: dict[tuple[type, str], api.Implementation] = {
+    (block, platform): name for block in (DenseBlock, AffineBlock, NUQBlock) for platform, name in _KERNELS.items()
+}
 
 
 def kernel_format(codec: AbstractCodec, storage: Any, params: Any, layers: int) -> Format:
