@@ -7,6 +7,9 @@ shared memory as tiles of 64 rows: R word rows of each of `run = 64 / R` blocks,
 
     row r of plane p  is  token  p * R + r % R  of block  r // R  of the chunk,     0 <= p < T / R.
 
+Where a chunk of 64 / R blocks were too much (3 bits), the 64 rows are several groups, each of another part of the same
+blocks (`Plan.token`).
+
 Keys and values may have different word rows; R divides both, so both see the same planes. Scores and weights are tiles
 `[64, columns]` of float32, queries in columns (8 or 16 of them). Splits are merged outside.
 
@@ -50,8 +53,8 @@ PROGRAMS = 528  # two for each of two that a multiprocessor of an H100 holds (13
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Static sizes of a call: those of the storage, then R, the columns, splits, chunks in flight and the planes that
-    are alive at once (their scores take `columns / 2` registers each)."""
+    """Static sizes of a call: those of the storage, then R, the columns, splits, chunks in flight; `groups` as above,
+    and the registers that scores may take at once (`columns / 2` per plane)."""
 
     layers: int
     batch: int
@@ -64,6 +67,8 @@ class Plan:
     splits: int
     slots: int
     interpret: Any
+    groups: int = 1
+    alive: int = 64
 
     @property
     def length(self) -> int:
@@ -72,11 +77,23 @@ class Plan:
 
     @property
     def run(self) -> int:
-        return ROWS // self.rows
+        return ROWS // (self.rows * self.groups)
 
     @property
     def planes(self) -> int:
-        return self.tokens // self.rows
+        return self.tokens // (self.rows * self.groups)
+
+    def block(self, row):
+        """The block of the chunk that a row of a tile is of; `row` is anything that knows `+ * // %`."""
+        return row % (ROWS // self.groups) // self.rows
+
+    def token_in_block(self, row, plane):
+        part = row // (ROWS // self.groups) * (self.tokens // self.groups)
+        return part + row % self.rows + plane * self.rows
+
+    def token(self, row, plane):
+        """The token of the chunk that a row of a plane is."""
+        return self.block(row) * self.tokens + self.token_in_block(row, plane)
 
     @property
     def padded(self) -> int:
@@ -85,7 +102,7 @@ class Plan:
 
     @property
     def rounds(self) -> list[range]:
-        step = min(self.planes, (128 if self.channels <= 128 else 16) // self.columns)
+        step = min(self.planes, (2 * self.alive if self.channels <= 128 else 16) // self.columns)
         return [range(i, i + step) for i in range(0, self.planes, step)]
 
 
@@ -120,12 +137,16 @@ def flat(plan: Plan, x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, short), *((0, 0),) * (x.ndim - 1))) if short else x
 
 
-def plan(k: Format, group: int, word_rows: tuple[int, int], interpret: Any, splits: int | None = None) -> Plan:
+def plan(
+    k: Format, group: int, word_rows: tuple[int, int], interpret: Any, splits: int | None = None, groups: int = 1
+) -> Plan:
     layers, batch, blocks, heads, tokens, channels = shape_of(k)
     rows = min(ROWS, *word_rows)
     if splits is None:
         splits = max(1, min(-(-PROGRAMS // (batch * heads)), blocks * tokens // SPLIT_TOKENS))
-    return Plan(layers, batch, heads, blocks, tokens, channels, rows, 8 if group <= 8 else 16, splits, 1, interpret)
+    return Plan(
+        layers, batch, heads, blocks, tokens, channels, rows, 8 if group <= 8 else 16, splits, 1, interpret, groups
+    )
 
 
 def attend(plan: Plan, keys, values, k: Format, v: Format, q, layer, first, last) -> Partial:
@@ -256,7 +277,7 @@ def _mask(plan: Plan, scores: list, planes: range, base, first, last) -> list:
             row = lax.broadcasted_iota(jnp.int32, shape, 0)
         else:
             row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        token = (row // plan.rows) * plan.tokens + row % plan.rows + base
+        token = plan.token(row, 0) + base
         hidden = []
         for p, s in zip(planes, scores):
             t = token + p * plan.rows

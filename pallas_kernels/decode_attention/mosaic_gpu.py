@@ -6,7 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_attention.formats import Affine, Dense, Format, Partial, Rotation, describe, shape_of
+from pallas_kernels.decode_attention.formats import (
+    Affine,
+    Codebook,
+    Dense,
+    Format,
+    Partial,
+    Rotation,
+    describe,
+    shape_of,
+)
 
 SHARED_BYTES = 226 << 10  # of a block on an H100, less barriers
 
@@ -22,21 +31,46 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
     *_, tokens, channels = shape_of(k)
     if channels not in (64, 96, 128, 256):
         raise NotImplementedError(f"The Hopper kernel takes head sizes 64, 96, 128 and 256, not {channels}.")
+    if isinstance(k, Codebook) or isinstance(v, Codebook):
+        why = _codebook_refusal(k, v, rotates)
+        if why:
+            raise NotImplementedError(f"The Hopper kernel does not read {describe(k)} with {describe(v)}: {why}.")
+        _fits(k, v, _codebooks(k, v, group, None, None)[1:])
+        return
     if rotates:
-        raise NotImplementedError("The Hopper kernel does not rotate keys that are stored before RoPE yet.")
+        raise NotImplementedError("The Hopper kernel does not rotate keys that are stored before RoPE in this format.")
     if tokens not in (128, 256, 512):
         raise NotImplementedError(f"The Hopper kernel takes blocks of 128, 256 or 512 tokens, not {tokens}.")
     for name, fmt in (("keys", k), ("values", v)):
         why = _refusal(fmt, name)
         if why:
             raise NotImplementedError(f"The Hopper kernel does not read {name} of {describe(fmt)}: {why}.")
-    _, *decoders = _decoders(k, v, group)
+    _fits(k, v, _decoders(k, v, group)[1:])
+
+
+def _fits(k: Format, v: Format, decoders) -> None:
     needed = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for d in decoders for x in d.scratch())
     if needed > SHARED_BYTES:
         raise NotImplementedError(
             f"The Hopper kernel needs {needed >> 10} KiB of shared memory for keys of {describe(k)} and values of "
-            f"{describe(v)} at head size {channels}; there are {SHARED_BYTES >> 10}."
+            f"{describe(v)} at head size {shape_of(k)[5]}; there are {SHARED_BYTES >> 10}."
         )
+
+
+def _codebook_refusal(k: Format, v: Format, rotates: bool) -> str:
+    """Why not, or nothing."""
+    *_, tokens, channels = shape_of(k)
+    if not (isinstance(k, Codebook) and isinstance(v, Codebook)) or k.bits != v.bits:
+        return "keys and values must both be codebooks of as many bits, so that their planes agree"
+    if k.bits == 1:
+        return "it decodes codebooks of 2, 3 and 4 bits"
+    if (k.per, v.per) != ("channel", "token") or not rotates:
+        return "keys are taken per channel and before RoPE, values per token"
+    if channels not in (64, 128):
+        return f"head size must be 64 or 128 for codebooks, not {channels}"
+    if tokens not in (128, 256, 512):
+        return f"blocks must have 128, 256 or 512 tokens, not {tokens}"
+    return ""
 
 
 def _refusal(fmt: Format, name: str) -> str:
@@ -76,7 +110,10 @@ def decode_attention(
     """As `api.decode_attention`; `splits` overrides how many programs share a row and head."""
     from pallas_kernels.decode_attention import gpu_skeleton
 
-    plan, keys, values = _decoders(k, v, q.shape[2], interpret, splits)
+    if isinstance(k, Codebook):
+        plan, keys, values = _codebooks(k, v, q.shape[2], layer, rotation, interpret, splits)
+    else:
+        plan, keys, values = _decoders(k, v, q.shape[2], interpret, splits)
     return gpu_skeleton.attend(plan, keys, values, k, v, q, layer, first, last)
 
 
@@ -99,3 +136,11 @@ def _decoders(k: Any, v: Any, group: int, interpret: Any = None, splits: int | N
     else:
         values = gpu_affine.ValuesPerToken(plan, v.bits, _size(v))
     return plan, keys, values
+
+
+def _codebooks(k: Codebook, v: Codebook, group: int, layer, rotation, interpret: Any = None, splits: int | None = None):
+    from pallas_kernels.decode_attention import gpu_codebook_keys, gpu_codebook_values
+
+    plan = gpu_codebook_keys.plan(k, group, interpret, splits)
+    keys = gpu_codebook_keys.CodebookKeys(plan, k.bits, k.slots, layer, rotation)
+    return plan, keys, gpu_codebook_values.CodebookValues(plan, v.bits, v.slots, layer)

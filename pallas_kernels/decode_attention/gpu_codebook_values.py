@@ -1,0 +1,132 @@
+"""Codebook values on Hopper (KVQuant): scale and zero per token, folded into the weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_attention import gpu_codebook_lookup as codes
+from pallas_kernels.decode_attention.formats import Codebook
+from pallas_kernels.decode_attention.gpu_codebook_keys import table_of
+from pallas_kernels.decode_attention.gpu_codebook_slots import clear, value_tile
+from pallas_kernels.decode_attention.gpu_codebook_tiles import (
+    DEPTH,
+    LEFT,
+    RIGHT,
+    fetch_blocks,
+    in_order,
+    load,
+    product,
+    row_numbers,
+    value_words,
+)
+from pallas_kernels.decode_attention.gpu_skeleton import At, Plan, flat
+from pallas_kernels.decode_attention.gpu_tiles import ROWS, full, over_columns, over_rows
+
+STEPS = [slice(i, i + DEPTH) for i in range(0, ROWS, DEPTH)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CodebookValues:
+    """Decoder of values; `layer` is traced. Rows of the sum are channels `regrouped`."""
+
+    plan: Plan
+    bits: int
+    slots: int
+    layer: jax.Array
+
+    @property
+    def chains(self) -> int:
+        """Accumulators, so that a product does not wait for the one before; at 2 bits slots leave no registers."""
+        return 1 if self.bits == 2 and self.slots else 2
+
+    def arrays(self, fmt: Codebook) -> list:
+        slots = [fmt.slot_channel, fmt.slot_residual] if self.slots else []
+        return [table_of(fmt, self.layer), *(flat(self.plan, x) for x in (fmt.codes, fmt.scale, fmt.zero, *slots))]
+
+    def scratch(self) -> list:
+        p = self.plan
+        weights = plgpu.SMEM((len(p.rounds[0]), ROWS, p.columns), jnp.float16)
+
+        def blocks(size, dtype):
+            return plgpu.SMEM((p.slots, p.run, *size), dtype)
+
+        stored = [blocks((p.tokens * self.bits // 32, p.channels), jnp.uint32), *[blocks((p.tokens,), jnp.uint16)] * 2]
+        if not self.slots:
+            return [plgpu.SMEM((p.slots, 8), jnp.uint32), weights, *stored]
+        slots = [blocks((self.slots, p.tokens), x) for x in (jnp.uint8, jnp.uint16)]
+        residuals = plgpu.SMEM((2, len(STEPS), p.channels, DEPTH), jnp.float16)
+        return [plgpu.SMEM((p.slots, 8), jnp.uint32), weights, *stored, *slots, weights, residuals]
+
+    def copies(self) -> int:
+        return 6 if self.slots else 4
+
+    def fetch(self, src, dst, at: At, slot, barrier) -> None:
+        table, *stored = src
+        plgpu.copy_gmem_to_smem(table, dst[0].at[slot], barrier)
+        fetch_blocks(self.plan, stored, [x.at[slot] for x in dst[2 : 2 + len(stored)]], at, barrier)
+
+    def init(self):
+        return (
+            full((self.plan.channels, self.plan.columns), 0.0, self.plan.interpret),
+            full((ROWS, self.plan.columns), 0.0, self.plan.interpret),
+        )
+
+    def add(self, dst, at: At, slot, planes: range, weights: list, alpha, state):
+        table, p_ref, words, *numbers = dst
+        numbers, slots = numbers[:2], numbers[2:]
+        interpret, columns = self.plan.interpret, self.plan.columns
+        chains = self.chains
+        acc, zeros = state
+        acc, zeros = acc * over_rows(alpha, self.plan.channels), zeros * over_rows(alpha, ROWS)
+        scales, offsets = (row_numbers(self.plan, x.at[slot], planes) for x in numbers)
+        for i, w in enumerate(weights):
+            scale, zero = (over_columns(x[i], columns) for x in (scales, offsets))
+            zeros = zeros + w * zero
+            p_ref[i] = (w * scale).astype(jnp.float16)
+            if self.slots:
+                slots[2][i] = w.astype(jnp.float16)
+        plgpu.commit_smem()
+        table = [table[slot, i] for i in range(codes.REGISTERS[self.bits])]
+
+        def step(i, sums):
+            w, sums = value_words(words.at[slot], i, self.bits, interpret), list(sums)
+            for group in codes.together(planes, self.bits):
+                for p, a in zip(group, codes.lookup(w, table, self.bits, group, LEFT, interpret)):
+                    n = p - planes.start
+                    b = load(p_ref.at[n, pl.ds(DEPTH * i, DEPTH)], RIGHT, interpret)
+                    sums[n % chains] = product(sums[n % chains], a, b, interpret)
+            return tuple(sums)
+
+        sums = lax.fori_loop(0, len(STEPS), step, tuple(full(acc.shape, 0.0, interpret) for _ in range(chains)))
+        sums = list(sums)
+        if self.slots:
+            self._add_slots([s.at[slot] for s in slots[:2]], *slots[2:], planes, sums)
+        return acc + sum(sums[1:], sums[0]), zeros
+
+    def _add_slots(self, slots, weights, tiles, planes: range, sums: list) -> None:
+        interpret, chains = self.plan.interpret, len(sums)
+        clear(tiles, interpret)
+        value_tile(self.plan, tiles, slots, planes, planes.start)
+        for i, p in enumerate(planes):
+            # The next plane's residuals go into the other tile meanwhile.
+            left = [load(tiles.at[p % 2, j], LEFT, interpret) for j in range(len(STEPS))]
+            for j, (a, rows) in enumerate(zip(left, STEPS)):
+                sums[j % chains] = product(sums[j % chains], a, load(weights.at[i, rows], RIGHT, interpret), interpret)
+            if p + 1 in planes:
+                value_tile(self.plan, tiles, slots, planes, p + 1)
+
+    def results(self) -> list:
+        sizes = (self.plan.channels, self.plan.columns), (self.plan.columns,)
+        return [jax.ShapeDtypeStruct(s, jnp.float32) for s in sizes]
+
+    def finish(self, state) -> list:
+        return [state[0], jnp.sum(state[1], axis=0)]
+
+    def merge(self, results: list, weight: jax.Array) -> jax.Array:
+        acc, zeros = results
+        acc = ((acc + zeros[..., None, :]) * weight[:, :, :, None]).sum(2)
+        return in_order(acc.swapaxes(-1, -2))
