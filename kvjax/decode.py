@@ -21,9 +21,11 @@ from kvjax import cache as _cache
 from kvjax.attention import explain
 from kvjax.byo import advance, append, attend, attend_and_count
 from kvjax.cache import CacheShape, KVCache
+from kvjax.fused import block_tokens
 from kvjax.model import cached
 from kvjax.rows import crop, fork
 from kvjax.sampling import Sampler, sample
+from kvjax.targets import default_target
 
 __all__ = [
     "CacheShape", "KVCache", "advance", "append", "attend", "attend_and_count", "bits_per_element", "bits_read", "crop",
@@ -38,7 +40,7 @@ def init_cache(
     batch: int,
     capacity: int,
     dtype: Any = None,
-    block: int = 128,
+    block: int | None = None,
     target: str | None = None,
 ) -> KVCache:
     """An empty cache for `batch` rows of up to `capacity` tokens each.
@@ -49,7 +51,7 @@ def init_cache(
       batch: rows.
       capacity: tokens per row, rounded up to whole blocks.
       dtype: type of recent tokens and sinks; the model's, or float32 for a `CacheShape`.
-      block: tokens per block, a multiple of 32.
+      block: tokens per block, a multiple of 32; None for what suits the target (`kvjax.fused.block_tokens`).
       target: what a decode step's attention is compiled for, such as "tpu:v5p", "gpu:sm_90" or "cpu"; "reference" for
         plain jnp everywhere; None for the first device.
 
@@ -59,6 +61,8 @@ def init_cache(
     shape = model if isinstance(model, CacheShape) else _shape_of(model)
     dtype = dtype or (jnp.float32 if model is shape else model.dtype)
     policy.check(shape)
+    target = target or default_target()
+    block = block or block_tokens(policy, target)
     return _cache.init(shape, policy, batch=batch, capacity=capacity, dtype=dtype, block=block, target=target)
 
 

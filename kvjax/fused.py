@@ -62,6 +62,13 @@ def _codebook(codec: NUQChannelCodec | NUQTokenCodec, block: NUQBlock, params: A
     return Codebook(block.codes, levels, params["scale"], params["zero"], *slots, codec.bits, "channel")
 
 
+def block_tokens(policy: Any, target: str) -> int:
+    """Tokens per block: 128; 256 on TPU with 3-bit codes, whose 12 rows of words of 128 tokens fill no tile of 8."""
+    codecs = [getattr(c, "inner", c) for part in policy.segments for c in (part.k_codec, part.v_codec)]
+    three = any(getattr(codec, "bits", None) == 3 for codec in codecs)
+    return 256 if three and split(target)[0] == "tpu" else 128
+
+
 def formats(segment: Segment) -> tuple[Format, Format]:
     """Keys and values of a segment as kernels read them."""
     return (

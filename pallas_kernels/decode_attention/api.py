@@ -10,9 +10,9 @@ from typing import Literal
 import jax
 
 from pallas_kernels.decode_attention import reference
-from pallas_kernels.decode_attention.formats import Format, Partial, Rotation, shape_of
+from pallas_kernels.decode_attention.formats import Format, Partial, Planes, Rotation, describe, shape_of
 
-Implementation = Literal["reference", "xla_cpu", "mosaic_tpu", "mosaic_gpu"]
+Implementation = Literal["reference", "xla_cpu", "mosaic_tpu", "tpu_planes", "mosaic_gpu"]
 
 
 def decode_attention(
@@ -64,8 +64,11 @@ def check(k: Format, v: Format, group: int, implementation: Implementation, chip
         raise ValueError(
             f"`v` is storage of {shape_of(v)} (L, B, N, K, T, H), but `k` of {shape_of(k)}; they must agree."
         )
-    if implementation != "reference":
-        _module(implementation).check(k, v, group, chip, rotates)
+    if implementation == "reference":
+        return
+    if isinstance(k, Planes) != (implementation == "tpu_planes"):
+        raise NotImplementedError(f"{implementation} does not read {describe(k)}")
+    _module(implementation).check(k, v, group, chip, rotates)
 
 
 def _module(implementation: str):

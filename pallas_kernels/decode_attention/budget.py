@@ -197,7 +197,7 @@ def _gpu_tile(kernel: listings.GpuKernel, k: Format, v: Format, elements: int) -
     products = {loop: sum(kernel.count(loop)[op] for op in ("HGMMA", "HMMA")) for loop in kernel.loops}
     hot = min((loop for loop in products if products[loop] == max(products.values())), key=lambda x: x.stop - x.start)
     # A warp group holds 64 rows of planes at a time (`gpu_skeleton`), so as many blocks as give them.
-    rows = min(64, *(x.values.shape[-2] if isinstance(x, Dense) else x.codes.shape[-2] for x in (k, v)))
+    rows = min(64, *((x.values if isinstance(x, Dense) else x.codes).shape[-2] for x in (k, v)))  # type: ignore[union-attr]
     tiles = -(-64 // rows) * shape_of(k)[4] / TILE
     if products[hot] * 64 * 16 < tiles * elements:
         raise ValueError(f"{products[hot]} matrix products of 64 x 16 are too few for {tiles:g} tiles")

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format
+from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, describe
 
 # Of each of a 3-bit cell's four groups of eight codes: the word it starts in and the next, right and left shift, mask.
 _CELL = ([0, 0, 1, 2], [1, 1, 2, 2], [0, 24, 16, 8], [0, 8, 16, 0], [0, 0xFFFFFFFF, 0xFFFFFFFF, 0])
@@ -35,7 +35,9 @@ def decode(x: Format) -> jax.Array:
         return floats(x.values, x.dtype)
     if isinstance(x, Affine):
         return _affine(x)
-    return _codebook(x)
+    if isinstance(x, Codebook):
+        return _codebook(x)
+    raise NotImplementedError(f"xla_cpu does not read {describe(x)}")
 
 
 def floats(bits: jax.Array, dtype: str = "float16") -> jax.Array:

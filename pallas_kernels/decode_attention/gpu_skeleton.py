@@ -30,7 +30,6 @@ A decoder is a frozen dataclass with static fields only (`plan` among them). It 
             results() -> list           ShapeDtypeStructs (float32) of one program's answer; `finish(state) -> arrays`
             merge(results, weight) -> [B, K, columns, H]    joins the splits, each with its `weight [B, K, S, columns]`
 """
-# mypy: ignore-errors
 # (It checks against the oldest JAX admitted, which lacks what this file is written for.)
 
 import dataclasses

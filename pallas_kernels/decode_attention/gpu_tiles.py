@@ -3,7 +3,6 @@
 A tile has 64 rows: its registers are the A operand of `wgmma`, whose B operand is in shared memory. The interpreter of
 Mosaic GPU has neither that nor loads written in Mosaic itself; each helper therefore has a plain form for it.
 """
-# mypy: ignore-errors
 # (It checks against the oldest JAX admitted, which lacks what this file is written for.)
 
 import jax

@@ -3,7 +3,6 @@
 Pallas's own `wgmma` and stores compute each operand's descriptor or address outside of the loop and keep it in
 registers; with a dozen planes those alone fill the register file. Here they are one base and immediates.
 """
-# mypy: ignore-errors
 # (It checks against the oldest JAX admitted, which lacks what this file is written for.)
 
 import jax

@@ -4,7 +4,6 @@ Words lie as `[run, R, channels]` in rows of 128 bytes, swizzled by the copy eng
 come in any order, if both operands agree, and so may rows of a tile, if whoever reads the result knows; both orders are
 chosen so that a thread reads 8 or 16 neighbouring bytes and a warp every bank once (twice where R is 4).
 """
-# mypy: ignore-errors
 # (It checks against the oldest JAX admitted, which lacks what this file is written for.)
 
 import dataclasses

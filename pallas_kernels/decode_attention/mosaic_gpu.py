@@ -22,6 +22,8 @@ SHARED_BYTES = 226 << 10  # of a block on an H100, less barriers
 
 def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
     """Raises NotImplementedError, in words, for what the kernel does not do."""
+    if chip not in ("", "sm_90"):
+        raise NotImplementedError(f"The Hopper kernel needs an H100 or H200 (sm_90), not {chip}.")
     if jax.__version_info__ < (0, 11):
         raise NotImplementedError(
             f"The Hopper kernel needs JAX 0.11, and with it Python 3.12; this is JAX {jax.__version__}."
