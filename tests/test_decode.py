@@ -239,9 +239,9 @@ def compiled_step(model, capacity):
 
 
 def test_a_step_updates_the_cache_in_place_and_never_dequantizes_the_context(model):
-    cache, memory = compiled_step(model, 1024)
+    cache, memory = compiled_step(model, 16384)
     assert memory.alias_size_in_bytes == decode.nbytes(cache)
-    _, longer = compiled_step(model, 8192)
+    _, longer = compiled_step(model, 65536)
     # The temporaries are those of one chunk: they do not follow the context.
     assert longer.temp_size_in_bytes < 1.05 * memory.temp_size_in_bytes
 
@@ -307,7 +307,9 @@ def test_bits_at_llama_7b_shape_and_131072_tokens(bits, suffix, limit):
 
 def test_explain_names_the_path_and_strict_refuses_the_reference(model):
     cache = new_cache(model, "kvquant")
-    assert "reference (chunked jnp), no kernel for NUQBlock on tpu" in decode.explain(cache, "tpu")
+    assert "xla_cpu in decode steps" in decode.explain(cache, strict=True)
+    cache = decode.init_cache(model, make_policy(preset("fp8"), CONFIG.layers, K, H), batch=1, capacity=100)
+    assert "reference (chunked jnp), no kernel for Float8Block on tpu" in decode.explain(cache, "tpu")
     with pytest.raises(NotImplementedError, match="strict"):
         decode.explain(cache, strict=True)
 

@@ -47,7 +47,7 @@ def test_report(main, tmp_path, capsys):
         (["--prompt-file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt"),
         (["--max-new-tokens", "0"], "`max_new_tokens=0`"),
         (["--temperature", "-1"], "`temperature=-1.0`"),
-        (["--quant", "bf16", "--strict"], "strict: the reference would run"),
+        (["--quant", "fp8", "--strict"], "strict: the reference would run"),
         (["--quant", "kvquant3", "--calibration", "{damaged}"], "damaged"),
     ],
 )
