@@ -249,7 +249,9 @@ def _printed() -> Iterator[Callable[[], str]]:
         os.dup2(file.fileno(), 1)
         os.environ.update(wanted)
         try:
-            yield lambda: text[0]
+            # `sys.stdout` may be another file than the process's: pytest's, a notebook's.
+            with open(os.dup(1), "w") as python, contextlib.redirect_stdout(python):
+                yield lambda: text[0]
         finally:
             ctypes.CDLL(None).fflush(None)
             sys.stdout.flush()
