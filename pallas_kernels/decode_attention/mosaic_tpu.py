@@ -1,9 +1,9 @@
 """TPU: one Pallas kernel (`tpu_skeleton`) and a decoder per storage.
 
-Known limits, as seen with the TPU compiler at 1M tokens: the kernel reads arrays as they stand, channels (or the tokens
-of per-token metadata) on lanes. Where XLA lays the cache out otherwise it copies it for the call. That happens to
-packed codes and metadata of heads below 128 channels (XLA puts blocks on lanes), and on v5p to metadata of one row per
-block (groups of a whole block, or of the kv width). Dense storage of any head size is read as XLA has it.
+Known limits, as seen with the TPU compiler at 1M tokens: the kernel reads codes with channels on lanes. XLA puts the
+blocks there where channels would not fill them, below 128 per head, and would copy the cache for every call: packed
+codes of such heads are refused. Dense storage of any head size is read as XLA has it. On v5p XLA copies metadata of one
+row per block (groups of a whole block, or of the kv width).
 """
 
 import dataclasses
@@ -56,6 +56,11 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
             check_codebook(x)
         elif not isinstance(x, Dense):
             raise NotImplementedError(f"the TPU kernel has no decoder for {name} as {describe(x)}.")
+        if not isinstance(x, Dense) and channels % LANES:
+            raise NotImplementedError(
+                f"heads of {channels} channels: XLA lays packed codes out otherwise and would copy the cache on every "
+                "call."
+            )
     if isinstance(k, Codebook):
         check_codebook_keys(k, rotates)
     elif rotates:

@@ -15,10 +15,10 @@ OLD, NEW = "v5e", "v6e"  # float32 gathers, and byte gathers
 
 CASES = [
     ("kvquant4", "gqa4-h128", NEW),
-    ("kvquant4-dense", "gqa3-h96", OLD),
+    ("kvquant4-dense", "gqa3-h128", OLD),
     ("kvquant3", "gqa4-h128-t256", NEW),
     ("kvquant3-dense", "gqa4-h128-t256", OLD),
-    ("kvquant2", "mqa16-h64", OLD),
+    ("kvquant2", "mqa16-h128", OLD),
     ("kvquant2", "gqa2-h256", NEW),
 ]
 
@@ -79,8 +79,8 @@ def test_on_a_simulated_tpu_with_race_detection():
 def test_what_is_refused_says_why():
     rng = np.random.default_rng(0)
 
-    def refuses(why, keys, rotates):
-        shape = specs.Shape(1, 1, 1, 1, 1, 128)
+    def refuses(why, keys, rotates, channels=128):
+        shape = specs.Shape(1, 1, 1, 1, 1, channels)
         k, v = specs.make(keys, shape, rng), specs.make("codebook4-token", shape, rng)
         with pytest.raises(NotImplementedError, match=why):
             api.check(k, v, 1, "mosaic_tpu", "v6e", rotates)
@@ -88,3 +88,5 @@ def test_what_is_refused_says_why():
     refuses("use blocks of 256 tokens", "codebook3", True)
     refuses("a scale per channel, not per token", "codebook4-token", False)
     refuses("outlier slots of keys that are stored before RoPE only", "codebook4-s", False)
+    for channels in (64, 96):
+        refuses(f"heads of {channels} channels: XLA lays packed codes", "codebook4", True, channels)
