@@ -2,8 +2,8 @@
 
 Known limits, as seen with the TPU compiler at 1M tokens: the kernel reads codes with channels on lanes. XLA puts the
 blocks there where channels would not fill them, below 128 per head, and would copy the cache for every call: packed
-codes of such heads are refused. Dense storage of any head size is read as XLA has it. On v5p XLA copies metadata of one
-row per block (groups of a whole block, or of the kv width).
+codes of such heads are refused. Dense storage of any head size is read as XLA has it. On v5p metadata that heads share
+is copied where the number of blocks is no multiple of 16.
 """
 
 import dataclasses
@@ -77,6 +77,12 @@ def _check_affine(name: str, x: Affine) -> None:
         size = tokens // x.scale.shape[-2]
     else:
         size = channels // x.scale.shape[-2]
+    heads, rows = x.scale.shape[3:5]
+    if rows == 1 and heads % 2 and heads > 1:
+        raise NotImplementedError(
+            f"{heads} kv heads with one group per block: XLA lays scales of {name} out in an order that the TPU kernel "
+            "cannot read without a copy; use smaller groups."
+        )
     if size < SMALLEST_GROUP:
         raise NotImplementedError(f"the TPU kernel takes groups of {SMALLEST_GROUP} or more, not {size}, of {name}.")
 

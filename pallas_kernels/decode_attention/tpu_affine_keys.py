@@ -14,7 +14,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_attention import tpu_codes as codes
 from pallas_kernels.decode_attention.formats import Affine
 from pallas_kernels.decode_attention.tpu_metadata import (
-    TokenMetadata,
     by_copy,
     float_scratch,
     read_floats,
@@ -22,7 +21,9 @@ from pallas_kernels.decode_attention.tpu_metadata import (
     store_floats,
 )
 from pallas_kernels.decode_attention.tpu_plan import LANES, Plan
+from pallas_kernels.decode_attention.tpu_rows import SingleRows, read_single, single_rows, single_scratch
 from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Refs, Step
+from pallas_kernels.decode_attention.tpu_token_metadata import TokenMetadata
 
 
 def products(q: jax.Array, operands: list[jax.Array], encoding: codes.Encoding) -> jax.Array:
@@ -75,16 +76,32 @@ class KeysPerChannel(_AffineKeys):
     def copies(self) -> int:
         return math.gcd(self.plan.copies, self.groups)
 
+    @property
+    def single(self) -> list[SingleRows]:
+        """Scale and zero where a block has one group."""
+        if self.fmt.scale.shape[-2] > 1:
+            return []
+        return [SingleRows(x, self.fmt.dtype, self.plan) for x in (self.fmt.scale, self.fmt.zero)]
+
+    def _split(self, refs: Refs) -> tuple[Refs, Refs, Refs, Refs]:
+        """Constants, operands of the metadata, scratch, and that of single rows."""
+        count = 4 + (sum(x.count for x in self.single) or 2)
+        return refs[1:4], refs[4:count], refs[count : count + 5], refs[count + 5 :]
+
     def operands(self):
         rows, tokens = self.plan.rows, self.plan.run_tokens
         group = self.order // (tokens // self.groups)  # at each position
         spread = np.arange(LANES)[:, None] == group
         copy = np.arange(rows)[:, None] // (rows // self.copies)
         choices = (np.broadcast_to(group, (rows, tokens)), (copy - group) % self.copies)
+        metadata = [self.plan.stored(x) for x in (self.fmt.scale, self.fmt.zero)]
+        if self.single:
+            metadata = [operand for x in self.single for operand in x.operands()]
         return [
-            *(self.plan.stored(x) for x in (self.fmt.codes, self.fmt.scale, self.fmt.zero)),
+            self.plan.stored(self.fmt.codes),
             self.plan.constant(jnp.asarray(spread, jnp.bfloat16)),
             *(self.plan.constant(x.astype(np.int32)) for x in choices),
+            *metadata,
         ]
 
     def scratch(self):
@@ -93,13 +110,20 @@ class KeysPerChannel(_AffineKeys):
         metadata = float_scratch(plan.unroll * self.groups, plan.channels)
         shared = pltpu.VMEM((plan.unroll, plan.rows, plan.run_tokens), jnp.float32)
         scaled = pltpu.VMEM((plan.unroll, rows, plan.channels), jnp.bfloat16)
-        return [metadata, metadata, shared, scaled, pltpu.VMEM((plan.unroll, rows, LANES), jnp.float32)]
+        single = single_scratch(self.single) if self.single else []
+        return [metadata, metadata, shared, scaled, pltpu.VMEM((plan.unroll, rows, LANES), jnp.float32), *single]
 
-    def expand(self, refs: Refs, scratch: Refs, i: jax.Array) -> None:
+    def expand(self, refs: Refs, i: jax.Array) -> None:
         """Scales and zeros of one iteration's runs, as float32."""
         blocks = self.plan.unroll * self.plan.unit
         rows = self.plan.unroll * self.groups
-        for ref, out in zip(refs[1:3], scratch):
+        _, operands, scratch, single = self._split(refs)
+        if self.single:
+            for x, out in zip(single_rows(single, i * blocks, blocks), scratch):
+                for n in range(out.shape[0]):
+                    out[n] = x[:, n * LANES : (n + 1) * LANES]
+            return
+        for ref, out in zip(operands, scratch):
             bits = ref[pl.ds(i * blocks, blocks)].reshape(rows, self.plan.channels)
             store_floats(bits, self.fmt.dtype, out)
 
@@ -127,12 +151,15 @@ class KeysPerChannel(_AffineKeys):
         pass
 
     def chunk(self, refs: Refs, step: Step, q: jax.Array) -> None:
-        pass
+        _, operands, _, single = self._split(refs)
+        if self.single:
+            read_single(self.single, operands, single, step)
 
     def prepare(self, refs: Refs, i: jax.Array, q: jax.Array) -> None:
-        scale_ref, scaled_ref, offset_ref = refs[6], refs[9], refs[10]
-        self.expand(refs, refs[6:8], i)
-        self.shared_part(refs[3][...], refs[6:9], q)
+        constants, _, scratch, _ = self._split(refs)
+        scale_ref, _, _, scaled_ref, offset_ref = scratch
+        self.expand(refs, i)
+        self.shared_part(constants[0][...], scratch[:3], q)
         q = q * jnp.float32(1 / self.encoding.gain)
         for j in range(self.plan.unroll):
             rows = []
@@ -148,8 +175,7 @@ class KeysPerChannel(_AffineKeys):
             offset_ref[j] = jnp.broadcast_to(jnp.float32(-self.encoding.offset) * held, offset_ref.shape[1:])
 
     def scores(self, refs: Refs, run: jax.Array, place: int) -> jax.Array:
-        group_ref, shift_ref = refs[4:6]
-        shared_ref, scaled_ref, offset_ref = refs[8:]
+        (_, group_ref, shift_ref), _, (_, _, shared_ref, scaled_ref, offset_ref), _ = self._split(refs)
         height, copies = self.plan.rows, self.copies
         parts = products(scaled_ref[place], self.encoding.operands(self.words(refs, run)), self.encoding)
         if self.encoding.offset:
@@ -186,8 +212,13 @@ class KeysPerToken(_AffineKeys):
         queries = pltpu.VMEM((rows, self.plan.channels), jnp.bfloat16)
         return [queries, *(pltpu.VMEM((rows, LANES), jnp.float32) for _ in range(2)), *self.metadata.scratch()]
 
+    def _split(self, refs: Refs) -> tuple[Refs, Refs, Refs]:
+        """Operands of the metadata, own scratch, and that of the metadata."""
+        count = 1 + self.metadata.count
+        return refs[1:count], refs[count : count + 3], refs[count + 3 :]
+
     def start(self, refs: Refs, q: jax.Array) -> None:
-        q_ref, offset_ref, sum_ref = refs[4:7]
+        q_ref, offset_ref, sum_ref = self._split(refs)[1]
         channel = lax.broadcasted_iota(jnp.int32, q.shape, 1)
         size = self.plan.channels // self.groups
         masked = [jnp.where((channel >= j * size) & (channel < (j + 1) * size), q, 0.0) for j in range(self.groups)]
@@ -198,13 +229,15 @@ class KeysPerToken(_AffineKeys):
         sum_ref[...] = jnp.broadcast_to(rows.sum(axis=1, keepdims=True), sum_ref.shape)
 
     def chunk(self, refs: Refs, step: Step, q: jax.Array) -> None:
-        pass
+        operands, _, scratch = self._split(refs)
+        self.metadata.chunk(operands, scratch, step)
 
     def prepare(self, refs: Refs, i: jax.Array, q: jax.Array) -> None:
-        self.metadata.prepare(refs[1:4], refs[7:], i)
+        operands, _, scratch = self._split(refs)
+        self.metadata.prepare(operands, scratch, i)
 
     def scores(self, refs: Refs, run: jax.Array, place: int) -> jax.Array:
-        q_ref, offset_ref, sum_ref, scale_ref, zero_ref = refs[4:9]
+        _, (q_ref, offset_ref, sum_ref), (scale_ref, zero_ref, *_) = self._split(refs)
         product = products(q_ref[...], self.encoding.operands(self.words(refs, run)), self.encoding)
         score = jnp.zeros((self.plan.rows, self.plan.run_tokens), jnp.float32)
         for j in range(self.groups):

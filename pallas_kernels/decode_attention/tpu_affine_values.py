@@ -11,9 +11,10 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.decode_attention import tpu_codes as codes
 from pallas_kernels.decode_attention.formats import Affine
-from pallas_kernels.decode_attention.tpu_metadata import TokenMetadata, by_copy
+from pallas_kernels.decode_attention.tpu_metadata import by_copy
 from pallas_kernels.decode_attention.tpu_plan import Plan
 from pallas_kernels.decode_attention.tpu_skeleton import Loaded, Refs, Step
+from pallas_kernels.decode_attention.tpu_token_metadata import TokenMetadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +65,22 @@ class ValuesPerToken:
     def start(self, refs: Refs) -> None:
         pass
 
+    def _split(self, refs: Refs) -> tuple[Refs, Refs]:
+        """Operands and scratch of the metadata."""
+        count = 1 + self.metadata.count
+        return refs[1:count], refs[count:]
+
     def chunk(self, refs: Refs, step: Step) -> None:
-        pass
+        self.metadata.chunk(*self._split(refs), step)
 
     def prepare(self, refs: Refs, i: jax.Array) -> None:
-        self.metadata.prepare(refs[1:4], refs[4:], i)
+        self.metadata.prepare(*self._split(refs), i)
 
     def add(self, refs: Refs, run: jax.Array, place: int, p: jax.Array, sums: Loaded) -> Loaded:
         words = refs[0][pl.ds(run * self.plan.unit, self.plan.unit)]
         scaled, zeros = (
             jnp.concatenate([p * self._rows(ref, place, m) for m in range(0, self.groups, self.copies)], axis=0)
-            for ref in refs[4:6]
+            for ref in self._split(refs)[1][:2]
         )
         scaled = scaled.astype(jnp.bfloat16)
         products = sums[0]

@@ -257,7 +257,7 @@ class CodebookValues(_Codebook):
                 scratch[3][i] = x
         if self.per_token:
             shared = SharedRows(self.plan)
-            rows = [shared.read(x) for x in (scale, zero)]
+            rows = [float16_of(shared.read(x)) for x in (scale, zero)]
             if self.levels.bytes:
                 rows = permute(rows, stored[-1][...])
             scratch[-3][...], scratch[-2][...] = rows

@@ -1,17 +1,13 @@
-"""Scales and zeros on TPU: 16-bit floats by integer operations, and per-token rows in the order of a decoder."""
+"""Scales and zeros on TPU: 16-bit floats by integer operations."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.formats import Affine
-from pallas_kernels.decode_attention.tpu_codes import Encoding
-from pallas_kernels.decode_attention.tpu_plan import LANES, Operand, Plan
-from pallas_kernels.decode_attention.tpu_skeleton import Refs
+from pallas_kernels.decode_attention.tpu_plan import LANES
 
 HIGH_HALF = -65536
 
@@ -55,61 +51,6 @@ def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """float32 as a sum of two bfloat16, of 16 bits together: all of a float16."""
     high = x.astype(jnp.bfloat16)
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-class TokenMetadata:
-    """Scale and (centred) zero of each token, brought to the order of a decoder for several runs at once.
-
-    A permutation of tokens is a product with a matrix of zeros and ones; scales and zeros go through it as two
-    bfloat16 each. Where the order mixes the tokens of several blocks, each block has its own matrix and the results
-    add up.
-    """
-
-    def __init__(self, fmt: Affine, plan: Plan, encoding: Encoding):
-        self.fmt, self.plan, self.encoding = fmt, plan, encoding
-        self.groups = fmt.scale.shape[-2]
-        order = encoding.order(plan.unit, plan.tokens)
-        self.together = plan.unit
-        while (
-            self.together > 1 and (order[: self.together * plan.tokens // 2] < self.together * plan.tokens // 2).all()
-        ):
-            self.together //= 2
-        self.order = order[: self.together * plan.tokens]
-
-    def operands(self) -> list[Operand]:
-        tokens = self.plan.tokens
-        matrix = np.arange(self.together * tokens)[:, None] == self.order[None, :]
-        matrix = np.concatenate(np.split(matrix, self.together, axis=0), axis=1)
-        stored = (self.plan.stored(x) for x in (self.fmt.scale, self.fmt.zero))
-        return [*stored, self.plan.constant(jnp.asarray(matrix, jnp.bfloat16))]
-
-    def scratch(self) -> list[Any]:
-        rows, tokens = self.plan.unroll * self.plan.unit * self.groups, self.plan.tokens
-        shape = (rows, self.together**2 * tokens)
-        return [*(pltpu.VMEM(shape, jnp.float32) for _ in range(2)), *(float_scratch(rows, tokens) for _ in range(2))]
-
-    def prepare(self, operands: Refs, scratch: Refs, i: jax.Array) -> None:
-        """Scale, and zero plus the scale of the middle code, of an iteration's runs into scratch."""
-        blocks = self.plan.unroll * self.plan.unit
-        rows, tokens = blocks * self.groups, self.plan.tokens
-        for ref, raw in zip(operands, scratch[2:]):
-            store_floats(ref[pl.ds(i * blocks, blocks)].reshape(rows, tokens), self.fmt.dtype, raw)
-        scale, zero = (read_floats(raw) for raw in scratch[2:])
-        zero = zero + jnp.float32(self.encoding.middle) * scale
-        parts = jnp.concatenate([*split(scale), *split(zero)], axis=0)
-        parts = jnp.dot(parts, operands[2][...], preferred_element_type=jnp.float32)
-        for n, out in enumerate(scratch[:2]):
-            out[...] = parts[2 * n * rows : (2 * n + 1) * rows] + parts[(2 * n + 1) * rows : (2 * n + 2) * rows]
-
-    def row(self, ref: Any, place: int, group: int) -> jax.Array:
-        """`[1, run_tokens]` of one group of channels of a run that was prepared."""
-        width = self.together * self.plan.tokens
-        pieces = []
-        for i in range(0, self.plan.unit, self.together):
-            at = [(place * self.plan.unit + i + n) * self.groups + group for n in range(self.together)]
-            parts = [ref[row : row + 1, n * width : (n + 1) * width] for n, row in enumerate(at)]
-            pieces.append(sum(parts[1:], parts[0]))
-        return jnp.concatenate(pieces, axis=1)
 
 
 def by_copy(rows: list[jax.Array], height: int) -> jax.Array:

@@ -8,6 +8,8 @@ cache for one layer of one step. So these operands follow the layouts of XLA (as
 * `[L, B, N, K, s, T]` where s rows do not fill 32-bit words but K rows do: K on sublanes. All heads are fetched, and a
   head is read as one byte (or half) of every word.
 * other `[L, B, N, K, s, T]`: as they stand.
+
+Scales and zeros of affine storage with one row per block (`SingleRows`) are of the first or the second kind.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.tpu_metadata import split
+from pallas_kernels.decode_attention.tpu_metadata import float32, float_scratch, split
 from pallas_kernels.decode_attention.tpu_plan import LANES, Operand, Plan
 from pallas_kernels.decode_attention.tpu_skeleton import Refs, Step
 
@@ -84,8 +86,8 @@ class SharedRows:
                 return layer[0], b, jnp.minimum(lax.div(start, jnp.int32(size)) + window, ends), 0
 
             if self.windows == 1:
-                return pl.BlockSpec((squeezed, squeezed, pl.Element(size), pl.Element(plan.tokens)), index)
-            return pl.BlockSpec((None, None, size, plan.tokens), index)
+                return pl.BlockSpec((squeezed, squeezed, pl.Element(size), pl.Element(array.shape[-1])), index)
+            return pl.BlockSpec((None, None, size, array.shape[-1]), index)
 
         return [Operand(array, spec(i)) for i in range(self.windows)]
 
@@ -93,8 +95,8 @@ class SharedRows:
         return step.block - self._first(step.block)
 
     def read(self, refs: Refs) -> jax.Array:
-        """float32 `[rows, T]`."""
-        return jnp.concatenate([float16_of(ref[...].astype(jnp.int32) << 16) for ref in refs], axis=0)
+        """int32 `[rows, T]`, the number in the upper bits."""
+        return jnp.concatenate([ref[...].astype(jnp.int32) << 16 for ref in refs], axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ class SlotRows:
 
     def scratch(self) -> Any:
         # Rows are read with a stride, which takes arrays of one register's lanes.
-        tiles = self.plan.tokens // LANES
+        tiles = self.array.shape[-1] // LANES
         return pltpu.VMEM((tiles, max(self._rows, 1) * self.plan.chunk_blocks, LANES), jnp.int32)
 
     def read(self, ref: Any, words: Any, head: jax.Array) -> list[jax.Array]:
@@ -147,7 +149,7 @@ class SlotRows:
             x = ref[...].astype(jnp.int32) << (32 - bits)
             return [x[:, s] for s in range(self.slots)]
         tiles = range(words.shape[0])
-        flat = pltpu.bitcast(ref[...].reshape(-1, self.plan.tokens), jnp.int32)
+        flat = pltpu.bitcast(ref[...].reshape(-1, self.array.shape[-1]), jnp.int32)
         for i in tiles:
             words[i] = flat[:, i * LANES : (i + 1) * LANES]
         out = []
@@ -163,6 +165,68 @@ class SlotRows:
             x = jnp.concatenate([words[i, rows] for i in tiles], axis=1)
             out.append((x << shift) & jnp.int32(-(1 << (32 - bits))))
         return out
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleRows:
+    """16-bit floats `[L, B, N, K or 1, 1, W]`, one row per block: of a chunk as float32 in scratch.
+
+    W are tokens or channels. XLA keeps blocks (where the heads share a row) or heads on sublanes.
+    """
+
+    array: Any
+    dtype: str
+    plan: Plan
+
+    @property
+    def shared(self) -> bool:
+        return self.array.shape[3] == 1
+
+    @property
+    def count(self) -> int:
+        """Operands."""
+        return SharedRows(self.plan).windows if self.shared else 1
+
+    @property
+    def _heads(self) -> SlotRows:
+        return SlotRows(self.array, self.plan)
+
+    def operands(self) -> list[Operand]:
+        return SharedRows(self.plan).operands(self.array[..., 0, :]) if self.shared else [self._heads.operand()]
+
+    def scratch(self) -> list[Any]:
+        """Floats, and words on the way there."""
+        rows = SharedRows(self.plan).rows if self.shared else self.plan.chunk_blocks
+        floats = float_scratch(rows, self.array.shape[-1])
+        return [floats, pltpu.VMEM((8, LANES), jnp.int32) if self.shared else self._heads.scratch()]
+
+    def chunk(self, refs: Refs, scratch: Refs, step: Step) -> None:
+        bits = SharedRows(self.plan).read(refs) if self.shared else self._heads.read(refs[0], scratch[1], step.head)[0]
+        floats = float32(bits, self.dtype)
+        for n in range(scratch[0].shape[0]):
+            scratch[0][n] = floats[:, n * LANES : (n + 1) * LANES]
+
+    def offset(self, step: Step) -> jax.Array:
+        """The row of the chunk's first block."""
+        return SharedRows(self.plan).offset(step) if self.shared else jnp.int32(0)
+
+
+def single_scratch(arrays: list[SingleRows]) -> list[Any]:
+    """For scale and zero, which are laid out alike: theirs, and where the chunk's first block is."""
+    return [*(x for array in arrays for x in array.scratch()), pltpu.SMEM((1,), jnp.int32)]
+
+
+def read_single(arrays: list[SingleRows], operands: Refs, scratch: Refs, step: Step) -> None:
+    """Once per chunk."""
+    for i, array in enumerate(arrays):
+        array.chunk(operands[i * array.count : (i + 1) * array.count], scratch[2 * i : 2 * i + 2], step)
+    scratch[-1][0] = arrays[0].offset(step)
+
+
+def single_rows(scratch: Refs, first: jax.Array, blocks: int) -> list[jax.Array]:
+    """float32 `[blocks, W]` of scale and of zero, from block `first` of the chunk on."""
+    rows = pl.ds(scratch[-1][0] + first, blocks)
+    return [jnp.concatenate([ref[n, rows] for n in range(ref.shape[0])], axis=1) for ref in scratch[:3:2]]
 
 
 def row(ref: Any, index: tuple, first: jax.Array, count: int) -> jax.Array:

@@ -19,11 +19,11 @@ CASES = [
     ("f16", "mqa16-h64", OLD),
     ("kivi8", "gqa2-h256", OLD),
     ("kivi4", "gqa4-h128", NEW),
-    ("kivi4-g128", "mqa16-h128", OLD),
+    ("kivi4-g128", "gqa4-h128", OLD),
     ("kivi2", "gqa3-h128", OLD),
     ("kivi2-g64", "mha-h128", OLD),
     ("kivi1", "gqa4-h128", NEW),
-    ("asymkv-k2v1", "gqa4-h128", OLD),
+    ("asymkv-k2v1", "mqa16-h128", OLD),
     ("int8", "gqa3-h128", OLD),
     ("int4", "gqa4-h128", NEW),
 ]
@@ -59,11 +59,16 @@ def test_rows_begin_anywhere():
         assert_close([kernel_cases.case("kivi4", "gqa4-h128", x, first) for x in lengths], chip=OLD)
 
 
-def test_several_iterations_per_chunk_and_several_chunks(monkeypatch):
+@pytest.mark.parametrize(
+    ("keys", "values", "blocks"),
+    # The last ones have their metadata fetched in two windows and in one that moves.
+    [("affine4-tokens32", "affine4-channels32", 11), *(("affine4-width", "affine4-channels128", n) for n in (21, 48))],
+)
+def test_several_iterations_per_chunk_and_several_chunks(monkeypatch, keys, values, blocks):
     monkeypatch.setattr(tpu_plan, "UNROLLED_TOKENS", 256)
     monkeypatch.setattr(tpu_plan, "CHUNK_TOKENS", 512)
-    shape = specs.Shape(1, 2, 11, 1, 4, 128)
-    arguments, expected = large_case("affine4-tokens32", "affine4-channels32", shape, [11 * 128, 700])
+    shape = specs.Shape(1, 2, blocks, 1, 4, 128)
+    arguments, expected = large_case(keys, values, shape, [blocks * 128, 700])
     # Not through `attend`, which may have been traced for these shapes with other sizes.
     partial = api.decode_attention(**arguments, implementation="mosaic_tpu", chip=NEW, interpret=True)
     error, log_error = kernel_cases.errors(partial, expected)
@@ -134,6 +139,8 @@ def test_what_is_refused_says_why():
     refuses("does not rotate keys", dense, values, rotates=True)
     refuses("groups of 32 or more, not 16", specs.make("affine4-tokens16", shape, rng), values)
     refuses("affine keys of 3 bits", specs.make("affine3-tokens32", shape, rng), values)
+    odd = specs.Shape(1, 1, 1, 3, 1, 128)
+    refuses("3 kv heads with one group per block", *(specs.make(x, odd, rng) for x in ("dense", "affine4-channels128")))
     for channels in (64, 96):  # uncompressed heads of these are read, packed ones not
         small = specs.Shape(1, 1, 1, 1, 1, channels)
         dense = specs.make("dense", small, rng)
