@@ -31,13 +31,12 @@ from pallas_kernels.decode_attention.tpu_codebook import (
     check_codebook_keys,
 )
 from pallas_kernels.decode_attention.tpu_dense import DenseKeys, DenseValues
-from pallas_kernels.decode_attention.tpu_plan import LANES, Plan, make_plan
+from pallas_kernels.decode_attention.tpu_plan import BF16_ARITHMETIC, LANES, UNROLLED_TOKENS, Plan, make_plan
 from pallas_kernels.decode_attention.tpu_skeleton import decode
 
 HEAD_SIZES = (64, 96, 128, 256)
 MOST_QUERIES = 16
 SMALLEST_GROUP = 32
-CODEBOOK_TOKENS = 1024  # that one iteration overlaps: look-ups need many registers
 
 
 def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
@@ -101,11 +100,26 @@ def decode_attention(
 ) -> Partial:
     """As `api.decode_attention`."""
     plan = make_plan(k, v, q.shape[2], chip)
-    if isinstance(k, Codebook) or isinstance(v, Codebook):
-        plan = dataclasses.replace(plan, unroll=math.gcd(plan.unroll, max(1, CODEBOOK_TOKENS // plan.run_tokens)))
-    keys: Any = CodebookKeys(k, plan, rotation, first) if isinstance(k, Codebook) else KEYS[type(k)](k, plan)
-    values = VALUES[type(v)](v, plan)
+    key_plan, value_plan = (_unrolled(plan, _overlapped(name, x, chip)) for name, x in (("keys", k), ("values", v)))
+    keys: Any = CodebookKeys(k, key_plan, rotation, first) if isinstance(k, Codebook) else KEYS[type(k)](k, key_plan)
+    values = VALUES[type(v)](v, value_plan)
     return decode(q, keys, values, plan, layer, first, last, interpret)
+
+
+def _unrolled(plan: Plan, tokens: int) -> Plan:
+    return dataclasses.replace(plan, unroll=math.gcd(plan.unroll, max(1, tokens // plan.run_tokens)))
+
+
+def _overlapped(name: str, x: Format, chip: str) -> int:
+    """Tokens that one iteration overlaps: the scheduler gains by more until registers spill, sooner in values."""
+    if isinstance(x, Codebook):
+        # Look-ups need many registers, with 2 and 3 bits in float32 the most.
+        return 256 if name == "keys" and x.bits < 4 and chip not in BF16_ARITHMETIC else 1024
+    if name == "keys" or not isinstance(x, Affine):
+        return UNROLLED_TOKENS
+    if chip in BF16_ARITHMETIC:
+        return 1024 if x.scale.shape[-2] > 1 else 2048
+    return 1024 if x.bits == 8 else 2048
 
 
 def affine_keys(fmt: Affine, plan: Plan) -> KeysPerChannel | KeysPerToken:

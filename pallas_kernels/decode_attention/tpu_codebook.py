@@ -1,6 +1,7 @@
 """TPU decoders of codebook storage (KVQuant): keys per channel, rotated on the fly, and values per token."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from pallas_kernels.decode_attention.tpu_metadata import split
 from pallas_kernels.decode_attention.tpu_plan import LANES, Operand, Plan
 from pallas_kernels.decode_attention.tpu_rows import SharedRows, SlotRows, block_permutation, float16_of, permute, row
 from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Loaded, Refs, Step, over_runs
+
+ROTATED_RUNS = 8  # whose queries one iteration rotates
 
 
 def check_codebook(fmt: Codebook) -> None:
@@ -192,7 +195,7 @@ class CodebookKeys(_Codebook):
             scratch[1][run] = _query_rows(q * cos + back * sin, back * cos - q * sin)
             return carry
 
-        over_runs(self.plan, rotate, 0)
+        over_runs(dataclasses.replace(self.plan, unroll=math.gcd(self.plan.runs, ROTATED_RUNS)), rotate, 0)
 
     def scores(self, refs: Refs, run: jax.Array) -> jax.Array:
         stored, rotation, scratch = self._split(refs)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.decode_attention.formats import Format, shape_of
+from pallas_kernels.decode_attention.formats import Codebook, Format, shape_of
 
 LANES = 128
 SUBLANES = 8
@@ -145,7 +145,9 @@ def make_plan(k: Format, v: Format, group: int, chip: str, chunk_tokens: int = 0
     unit = min(max(1, width // tokens), blocks)
     if not chunk_tokens:
         chunk_tokens = CHUNK_BYTES * 8 // (channels * (_bits(k) + _bits(v)))
-        chunk_tokens = min(chunk_tokens, CHUNK_TOKENS)
+        # Numbers of slots are made for a whole chunk at once: with more tokens, registers spill.
+        slots = isinstance(k, Codebook) and k.slots > 0
+        chunk_tokens = min(chunk_tokens, CHUNK_TOKENS // 2 if slots else CHUNK_TOKENS)
         # A short context is cut in at least four, so that fetching and computing overlap.
         chunk_tokens = min(chunk_tokens, max(512, blocks * tokens // 4))
     runs = max(1, min(chunk_tokens // (unit * tokens), blocks // unit))

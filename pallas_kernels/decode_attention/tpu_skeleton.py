@@ -7,8 +7,9 @@ as long as keys, values, masks and per-token metadata agree. Where the orders of
 permutes the weights.
 
 A decoder may have a method `prepare(refs, i, q)` (values: `prepare(refs, i)`) for what is better done for several runs
-at once, such as metadata. It is called before each iteration of `plan.unroll` runs, and `scores` and `add` then take
-the run's place in the iteration (a Python integer) as an argument after `run`, to find what was prepared.
+at once, such as metadata. It is called before each iteration of as many runs as its own `plan.unroll` says, and
+`scores` and `add` then take the run's place in the iteration (a Python integer) as an argument after `run`, to find
+what was prepared.
 
 A decoder works on `refs`: its operands' blocks, in the order of `operands()`, and then its scratch.
 """
@@ -48,7 +49,10 @@ class KeyDecoder(Protocol):
 
     Attributes:
       order: int array `[run_tokens]`: which token of a run stands at each position. Every run has the same.
+      plan: that of the kernel, but for `unroll`.
     """
+
+    plan: Plan
 
     @property
     def order(self) -> np.ndarray: ...
@@ -79,7 +83,10 @@ class ValueDecoder(Protocol):
 
     Attributes:
       order: as of keys; weights arrive in this order.
+      plan: as of keys.
     """
+
+    plan: Plan
 
     @property
     def order(self) -> np.ndarray: ...
@@ -197,8 +204,8 @@ def _kernel(layer, first, last, q_ref, *refs, keys, values, plan: Plan, counts):
         # A chunk that was moved back holds tokens of the one before.
         seen_from = jnp.maximum(begin, (plan.begin(begin) + c * plan.chunk_blocks) * plan.tokens)
         offset = step.block * plan.tokens
-        _score(keys, key_refs, own, plan, q_ref, seen_from - offset, end - offset)
-        _weigh(values, value_refs, own, plan)
+        _score(keys, key_refs, own, q_ref, seen_from - offset, end - offset)
+        _weigh(values, value_refs, own)
 
     @pl.when(c == pl.num_programs(2) - 1)
     def _():
@@ -207,9 +214,9 @@ def _kernel(layer, first, last, q_ref, *refs, keys, values, plan: Plan, counts):
         out[2][...] = own.total[...]
 
 
-def _score(keys: Any, refs: Refs, own: _Own, plan: Plan, q_ref: Any, begin: jax.Array, end: jax.Array) -> None:
+def _score(keys: Any, refs: Refs, own: _Own, q_ref: Any, begin: jax.Array, end: jax.Array) -> None:
     """Masked scores of the chunk into scratch; the running maximum, and what it rescales."""
-    prepare = getattr(keys, "prepare", None)
+    plan, prepare = keys.plan, getattr(keys, "prepare", None)
 
     def run_scores(run, place, top):
         if place == 0 and prepare is not None:
@@ -230,9 +237,9 @@ def _score(keys: Any, refs: Refs, own: _Own, plan: Plan, q_ref: Any, begin: jax.
         ref[...] *= jnp.concatenate([columns] * (ref.shape[0] // plan.rows), axis=0)
 
 
-def _weigh(values: Any, refs: Refs, own: _Own, plan: Plan) -> None:
+def _weigh(values: Any, refs: Refs, own: _Own) -> None:
     """Adds the chunk's weights and weighted values to the running sums."""
-    prepare = getattr(values, "prepare", None)
+    plan, prepare = values.plan, getattr(values, "prepare", None)
     top = _columns(own.top[...], plan.run_tokens)
     zeros = jnp.zeros((plan.rows, plan.run_tokens), jnp.float32)
 
