@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, describe
 
@@ -92,9 +93,10 @@ def _codebook(x: Codebook) -> jax.Array:
     else:
         scale, zero = (floats(m).reshape(*m.shape[:-1], F, C, 1) for m in (x.scale, x.zero))
     value = (scale * value + zero).reshape(*lead, F * C, H)
-    channel = jnp.arange(H, dtype=jnp.int32).reshape((1,) * (len(lead) + 1) + (-1,))
+    # Numbers that XLA cannot count: it makes a counter (iota) of `arange`, which is compared as 64 bits.
+    scrambled = jnp.asarray((np.arange(H) ^ 0x55).astype(np.int32)).reshape((1,) * (len(lead) + 1) + (-1,))
     for s in range(x.slots):
-        here = x.slot_channel[..., s, :, None].astype(jnp.int32) == channel
+        here = (x.slot_channel[..., s, :, None].astype(jnp.int32) ^ jnp.int32(0x55)) == scrambled
         value = jnp.where(here, value + floats(x.slot_residual[..., s, :, None]), value)
     return value
 
