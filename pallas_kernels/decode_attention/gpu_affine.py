@@ -13,6 +13,7 @@ side as columns. Zeros: of keys per channel, one more row of each group's tile; 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ from pallas_kernels.decode_attention.gpu_tiles import (
     snapshot,
     swizzled,
 )
-from pallas_kernels.decode_attention.gpu_wgmma import multiply, store
+from pallas_kernels.decode_attention.gpu_wgmma import multiply, settle, store
 from pallas_kernels.decode_attention.gpu_words import Words, contract, spread, value_rows
 
 f32, f16, u16, u32 = jnp.float32, jnp.float16, jnp.uint16, jnp.uint32
@@ -97,7 +98,7 @@ class _Keys:
         for source, here in zip(src[1:3], dst[1:3]):
             fetch_meta(self.plan, source, here, at, slot, barrier)
 
-    def loaded(self, dst, slot, planes: range, part: range) -> dict:
+    def loaded(self, dst, slot, planes: Sequence[int], part: range) -> dict:
         """`(tile, half) -> [64, channels of part]` of the words that hold `planes`."""
         out: dict[tuple[int, int], Any] = {}
         for tile, halves in self.codes.halves(planes).items():
@@ -123,7 +124,7 @@ class KeysPerChannel(_Keys):
         unit = over_rows(load_column(dst[4], plan.interpret), ROWS)
         scores: list[Any] = [None] * len(planes)
         for part in parts(plan.channels):
-            loaded = self.loaded(dst, slot, planes, part)
+            loaded: dict[tuple[int, int], Any] = {}
             scale: Any = None
             zero: Any = None
             of: Any = None
@@ -135,6 +136,9 @@ class KeysPerChannel(_Keys):
                     scale, bias = (spread(plan, dst[x], slot, self.group, p, part) for x in (1, 2))
                     zero = multiply([(bias, 0)], dst[3], plan.columns, plan.interpret, part.start)
                 place = self.codes.place(p)
+                if (place.tile, place.half) not in loaded:  # one half of the words at a time is in registers
+                    alike = [x for x in planes if self.codes.place(x).half == place.half]
+                    loaded = self.loaded(dst, slot, alike, part)
                 a = exact(self.codes.field(loaded[place.tile, place.half], place), place.shift) * scale
                 s = multiply([(a, 0)], dst[3], plan.columns, plan.interpret, part.start) + zero
                 scores[i] = s if scores[i] is None else scores[i] + s
@@ -240,7 +244,8 @@ class ValuesPerToken:
         plan, n = self.plan, self.plan.columns
         dst = snapshot(plan, dst, (1, 2))
         tiles, zeros = state
-        zeros = [z * over_rows(alpha, ROWS) for z in zeros]
+        lifted = over_rows(alpha, ROWS)
+        zeros = [z * lifted for z in zeros]
         here = dst[3]
         for i, (p, w) in enumerate(zip(planes, weights)):
             scaled, rows = [], []
@@ -250,6 +255,7 @@ class ValuesPerToken:
                 scaled.append((w * scale).astype(f16))
                 rows.append((i * self.stored + j) * n)
             store(here, scaled, rows, plan.interpret)
+        settle(here, zeros, lifted, plan.interpret)
         for j in range(self.beside):
             dst[4][j * n : (j + 1) * n] = alpha
         plgpu.commit_smem()

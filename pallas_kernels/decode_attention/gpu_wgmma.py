@@ -104,6 +104,29 @@ def store(ref, tiles: list, rows: list, interpret) -> None:
     run(ref, *tiles)
 
 
+def settle(ref, tiles: list, least: jax.Array, interpret) -> None:
+    """Has the float32 `tiles` computed here and not after the next barrier: the compiler puts off sums that nothing
+    waits for, and keeps (and spills) all their terms. It sees them stored to `ref` where `least` is above 2, which the
+    caller knows it never is."""
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(8, 16)), WGMMA, *[WGMMA] * len(tiles)))
+    def run(_, ref, least, *tiles):
+        values = [vector.extract(r, [], [i]) for x in (least, *tiles) for r in x.registers.flat for i in range(2)]
+        above, values = values[0], values[2 * least.registers.size :]
+        stores = "".join(f"@never st.shared.f32 [$0], ${i + 2};\n" for i in range(len(values)))
+        llvm.inline_asm(
+            None,
+            [_shared(ref), above, *values],
+            "{ .reg .pred never; setp.gt.f32 never, $1, 0f40000000;\n" + stores + "}",
+            ",".join(["r"] + ["f"] * (len(values) + 1)) + ",~{memory}",
+            has_side_effects=True,
+        )
+
+    run(ref, least, *tiles)
+
+
 def _names(first: int, last: int) -> str:
     return ", ".join(f"${i}" for i in range(first, last))
 

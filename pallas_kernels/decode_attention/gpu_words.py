@@ -7,6 +7,7 @@ chosen so that a thread reads 8 or 16 neighbouring bytes and a warp every bank o
 # (It checks against the oldest JAX admitted, which lacks what this file is written for.)
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,7 +90,7 @@ class Words:
         shift = bit % (10 // self.bits * self.bits)
         return Place(tile, half, bit - shift, shift)
 
-    def halves(self, planes: range) -> dict:
+    def halves(self, planes: Sequence[int]) -> dict:
         """`tile -> halves` of its words that planes are in."""
         wanted: dict[int, dict] = {}
         for place in map(self.place, planes):
@@ -116,7 +117,7 @@ class Words:
                 for step in range(2):
                     start = self.start(pointer, t.warp * 16 + t.lane8, odd, 2 * t.j + step, 0)
                     far = (line - odd) * p.rows
-                    four = [start.load(far + self.down(i), 4) for i in range(2)]
+                    four = [start.load(far + self.down(i), 4, again=True) for i in range(2)]
                     out += [_pair(four[i], 2 * h, four[i], 2 * h + 1) for h in range(2) for i in range(2)]
             return [_halves(out, x) for x in halves]
 
@@ -219,11 +220,11 @@ class _Start:
     def __init__(self, pointer, words: _Int):
         self.pointer = mgpu.utils.getelementptr(pointer, [words.value], ir.IntegerType.get_signless(32))
 
-    def load(self, lines: float, count: int):
-        """`count` words, `lines` lines of 32 further."""
+    def load(self, lines: float, count: int, again: bool = False):
+        """`count` words, `lines` lines of 32 further; `again`: even if loaded before, not kept in registers."""
         i32 = ir.IntegerType.get_signless(32)
         pointer = mgpu.utils.getelementptr(self.pointer, [int(lines * 32)], i32)
-        return llvm.load(ir.VectorType.get((count,), i32), pointer, alignment=4 * count)
+        return llvm.load(ir.VectorType.get((count,), i32), pointer, alignment=4 * count, volatile_=again)
 
 
 class Thread:
