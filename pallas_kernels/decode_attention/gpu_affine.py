@@ -185,11 +185,12 @@ def token_row(plan: Plan, ref, slot, group: int, plane: int) -> jax.Array:
 
 
 def _alike(codes: Words, planes: range) -> list:
-    """Planes with equal shifts, at most four at a time: their codes are in registers at once."""
+    """Planes with equal shifts, few at a time: their codes are in registers at once."""
+    most = 2 if codes.bits == 2 else 4  # as many as are compiled without spills
     by_shift: dict[int, list] = {}
     for p in planes:
         by_shift.setdefault(codes.place(p).shift, []).append(p)
-    return [x[i : i + 4] for x in by_shift.values() for i in range(0, len(x), 4)]
+    return [x[i : i + most] for x in by_shift.values() for i in range(0, len(x), most)]
 
 
 @dataclasses.dataclass(frozen=True)

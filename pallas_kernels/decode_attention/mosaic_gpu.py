@@ -54,7 +54,7 @@ def _fits(k: Format, v: Format, decoders) -> None:
     needed = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for d in decoders for x in d.scratch())
     if needed > SHARED_BYTES:
         raise NotImplementedError(
-            f"The Hopper kernel needs {needed >> 10} KiB of shared memory for keys of {describe(k)} and values of "
+            f"The Hopper kernel needs {-(-needed >> 10)} KiB of shared memory for keys of {describe(k)} and values of "
             f"{describe(v)} at head size {shape_of(k)[5]}; there are {SHARED_BYTES >> 10}."
         )
 
@@ -82,6 +82,8 @@ def _refusal(fmt: Format, name: str) -> str:
         return "head size 96 is not a multiple of its tiles" if channels == 96 else ""
     if not isinstance(fmt, Affine):
         return "there is no decoder for them yet"
+    if fmt.bits == 1 and name == "keys":
+        return "a thread's registers do not hold the 32 planes of 1-bit keys"
     if fmt.bits == 3:
         return "3-bit codes straddle words"
     if fmt.along != ("tokens" if name == "keys" else "channels") and _size(fmt) != channels:
