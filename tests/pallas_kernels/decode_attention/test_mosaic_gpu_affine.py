@@ -70,7 +70,11 @@ def test_no_races_between_copies_and_reads_of_many_chunks():
 @needs_new_jax
 @pytest.mark.parametrize(
     ("storage", "shape", "why"),
-    [("kvquant3", "gqa4-h128", "before RoPE"), ("bf16", "gqa3-h96", "head size 96")],
+    [
+        ("kvquant3", "gqa4-h128", "before RoPE"),
+        ("bf16", "gqa3-h96", "head size 96"),
+        ("kivi1", "gqa4-h128", "1-bit keys"),
+    ],
 )
 def test_what_is_not_done_is_said(storage, shape, why):
     arguments, _ = kernel_cases.case(storage, shape, "0,1")
