@@ -26,7 +26,7 @@ from rich.table import Table
 from kvjax.evaluate.compare_report import to_markdown
 from kvjax.evaluate.progress import bar
 from pallas_kernels import deviceless
-from pallas_kernels.decode_attention import budget, specs
+from pallas_kernels.decode_attention import budget, specs, support
 from pallas_kernels.decode_attention.specs import STORAGES
 
 UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
@@ -39,7 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--block", type=int, default=128, metavar="T", help="tokens per block (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--markdown", action="store_true", help="print tables for a page")
+    parser.add_argument(
+        "--support", action="store_true", help="print what runs fused where, and why not; compile nothing"
+    )
     args = parser.parse_args(argv)
+    if args.support:
+        print(support.markdown())
+        return 0
     with one_line_errors():
         chips = chosen(args.chips, "chips", deviceless.CHIPS)
         storages = chosen(args.storages, "storages", tuple(STORAGES))

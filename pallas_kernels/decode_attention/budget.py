@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import deviceless, listings
-from pallas_kernels.decode_attention import api, specs
-from pallas_kernels.decode_attention.formats import Dense, Format, shape_of
+from pallas_kernels.decode_attention import api, mosaic_gpu, specs
+from pallas_kernels.decode_attention.formats import Format
 
 # Bytes that HBM delivers per clock of a TensorCore (two of them share a v5p or 7x) or of one of 132 SMs: bandwidth over
 # clock, from the vendors' data sheets.
@@ -69,7 +69,7 @@ class Cost:
     @property
     def cycles(self) -> float:
         """Predicted for a tile: whichever is slower."""
-        return max(self.instructions, self.memory_cycles)
+        return max(self.whole, self.memory_cycles)
 
 
 def implementation(chip: str) -> api.Implementation:
@@ -128,7 +128,7 @@ def cost(storage: str, on: deviceless.Target, shape: specs.Shape = LLAMA_3_8B, m
         per_element, spills = vector * VREG / elements, kernel.spills
         facts = {}
     else:
-        units = _gpu_tile(kernel, k, v, elements)
+        units = _gpu_tile(kernel, k, v, shape.group, elements)
         instructions = whole = sum(units.values())
         per_element, spills = instructions * LANES / elements, kernel.spill_bytes
         facts = {"registers": kernel.registers, "shared_bytes": kernel.shared_bytes}
@@ -191,14 +191,12 @@ def _tpu_tile(
     return whole, {unit: (kernel.step[unit] - smaller.step[unit]) / (many - few) for unit in kernel.step}
 
 
-def _gpu_tile(kernel: listings.GpuKernel, k: Format, v: Format, elements: int) -> dict[str, float]:
+def _gpu_tile(kernel: listings.GpuKernel, k: Format, v: Format, group: int, elements: int) -> dict[str, float]:
     """Instructions per tile and opcode of the loop over the context."""
     # Slow paths (waits) stand behind the end and jump back, which looks like a larger loop.
     products = {loop: sum(kernel.count(loop)[op] for op in ("HGMMA", "HMMA")) for loop in kernel.loops}
     hot = min((loop for loop in products if products[loop] == max(products.values())), key=lambda x: x.stop - x.start)
-    # A warp group holds 64 rows of planes at a time (`gpu_skeleton`), so as many blocks as give them.
-    rows = min(64, *((x.values if isinstance(x, Dense) else x.codes).shape[-2] for x in (k, v)))  # type: ignore[union-attr]
-    tiles = -(-64 // rows) * shape_of(k)[4] / TILE
+    tiles = mosaic_gpu.chunk_tokens(k, v, group) / TILE
     if products[hot] * 64 * 16 < tiles * elements:
         raise ValueError(f"{products[hot]} matrix products of 64 x 16 are too few for {tiles:g} tiles")
     # Every lane of a warp group's four warps runs them, one warp on each of an SM's four schedulers.

@@ -1,5 +1,7 @@
 """What runs fused where: every shipped storage on every backend and generation, asked of the kernels themselves."""
 
+import dataclasses
+
 from pallas_kernels.decode_attention import api, specs
 
 # Column of the matrix -> implementation and chip.
@@ -13,11 +15,16 @@ CHIPS: dict[str, tuple[api.Implementation, str]] = {
 }
 
 
-def why_not(storage: str, column: str, shape: specs.Shape) -> str | None:
+SHAPE = specs.Shape(layers=2, batch=1, blocks=4, heads=8, group=4, channels=128)  # Llama-3-8B
+
+
+def why_not(storage: str, column: str, shape: specs.Shape = SHAPE) -> str | None:
     """The reason why a storage of `specs.STORAGES` is not fused in a column; None where it is."""
     kinds = specs.STORAGES[storage]
-    k, v = (specs.abstract(kind, shape) for kind in (kinds.keys, kinds.values))
     implementation, chip = CHIPS[column]
+    if "3" in storage and implementation == "mosaic_tpu":
+        shape = dataclasses.replace(shape, tokens=256)  # as caches for TPU have it (kvjax.fused.block_tokens)
+    k, v = (specs.abstract(kind, shape) for kind in (kinds.keys, kinds.values))
     try:
         api.check(k, v, shape.group, implementation, chip, kinds.pre_rope)
     except NotImplementedError as reason:
@@ -25,7 +32,7 @@ def why_not(storage: str, column: str, shape: specs.Shape) -> str | None:
     return None
 
 
-def markdown(shape: specs.Shape) -> str:
+def markdown(shape: specs.Shape = SHAPE) -> str:
     """The matrix as a table: "fused", or the reason as a note below it."""
     notes: list[str] = []
     lines = ["| storage | " + " | ".join(CHIPS) + " |", "|---" * (len(CHIPS) + 1) + "|"]
@@ -35,6 +42,6 @@ def markdown(shape: specs.Shape) -> str:
             reason = why_not(storage, column, shape)
             if reason is not None and reason not in notes:
                 notes.append(reason)
-            cells.append("fused" if reason is None else f"reference [{notes.index(reason) + 1}]")
+            cells.append("fused" if reason is None else f"reference [^{notes.index(reason) + 1}]")
         lines.append(f"| {storage} | " + " | ".join(cells) + " |")
-    return "\n".join(lines + [""] * bool(notes) + [f"[{i}] {note}" for i, note in enumerate(notes, 1)])
+    return "\n".join(lines + [""] * bool(notes) + [f"[^{i}]: {note}" for i, note in enumerate(notes, 1)])

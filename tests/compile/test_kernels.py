@@ -1,4 +1,4 @@
-"""Every storage's decode kernel by the real compilers of every chip: it compiles, spills nothing, and has not grown."""
+"""Every storage's decode kernel by the real compilers of every chip: it compiles, and nothing in it has grown."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,13 @@ from pallas_kernels import deviceless
 from pallas_kernels.decode_attention import budget
 from pallas_kernels.decode_attention.specs import STORAGES
 
-# Written by `python scripts/kernel_budget.py --json tests/compile/budget.json`.
+# Written by `python scripts/kernel_budget.py --chips v5e,v5p,v6e,7x,h100 --json tests/compile/budget.json`.
 BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text(encoding="utf-8"))
 COMMITTED = {(row["chip"], row["storage"]): row for row in BUDGET["rows"]}
 GROWTH = 1.15  # another version of a compiler may schedule a little differently
 # A GPU's splits leave a result each, 66 of them for 8 heads; a TPU's nothing.
 TEMPORARIES = {"tpu": 1 << 20, "cuda": 8 << 20}
+SPILLS = 24  # what is left where doing without cost more than a tenth of the bundles
 CHIPS = [chip for chip in deviceless.CHIPS if chip != "h200"]  # the code of an h100
 
 
@@ -29,7 +30,7 @@ def test_a_kernel_compiles_within_its_budget(on, chip, storage):
             budget.cost(storage, target, marginal=False)
         pytest.skip(BUDGET["refused"].get(f"{chip} {storage}", "not in budget.json"))
     cost = budget.cost(storage, target, marginal=False)
-    assert cost.spills == 0
+    assert cost.spills <= committed["spills"]
     assert cost.temporary_bytes < TEMPORARIES[target.platform]
     assert cost.padding < 1.01  # T and H of the presets fill whole tiles in memory
     assert cost.whole <= GROWTH * committed["whole"]
@@ -40,8 +41,9 @@ def test_the_budget_lists_every_storage_on_every_chip():
     for name in ("mosaic_tpu", "mosaic_gpu"):
         pytest.importorskip(f"pallas_kernels.decode_attention.{name}")
     listed = {f"{chip} {storage}" for chip, storage in COMMITTED} | set(BUDGET["refused"])
-    assert listed == {f"{chip} {storage}" for chip in deviceless.CHIPS for storage in STORAGES}
-    assert all(row["spills"] == 0 for row in BUDGET["rows"])
+    assert listed == {f"{chip} {storage}" for chip in CHIPS for storage in STORAGES}
+    # TPU: instructions that spill or fill, in code of thousands of bundles. GPU: bytes.
+    assert max(row["spills"] for row in BUDGET["rows"]) <= SPILLS
 
 
 def test_an_h200_is_another_gpu_with_the_same_code(on):

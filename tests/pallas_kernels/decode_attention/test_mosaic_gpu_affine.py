@@ -71,7 +71,6 @@ def test_no_races_between_copies_and_reads_of_many_chunks():
 @pytest.mark.parametrize(
     ("storage", "shape", "why"),
     [
-        ("kvquant3", "gqa4-h128", "before RoPE"),
         ("bf16", "gqa3-h96", "head size 96"),
         ("kivi1", "gqa4-h128", "1-bit keys"),
     ],
