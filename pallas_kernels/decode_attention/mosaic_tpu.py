@@ -34,6 +34,7 @@ from pallas_kernels.decode_attention.tpu_dense import DenseKeys, DenseValues
 from pallas_kernels.decode_attention.tpu_plan import BF16_ARITHMETIC, LANES, UNROLLED_TOKENS, Plan, make_plan
 from pallas_kernels.decode_attention.tpu_skeleton import decode
 
+CHIPS = ("v5e", "v5p", "v6e", "7x")
 HEAD_SIZES = (64, 96, 128, 256)
 MOST_QUERIES = 16
 SMALLEST_GROUP = 32
@@ -42,6 +43,8 @@ SMALLEST_GROUP = 32
 def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
     """Raises NotImplementedError, in words, for what the kernel does not do."""
     *_, tokens, channels = shape_of(k)
+    if chip not in ("", *CHIPS):
+        raise NotImplementedError(f"the TPU kernel is compiled and checked for {', '.join(CHIPS)}, not for {chip}.")
     if channels not in HEAD_SIZES:
         raise NotImplementedError(f"the TPU kernel takes heads of {HEAD_SIZES} channels, not {channels}.")
     if tokens % LANES:
