@@ -15,7 +15,7 @@ COMMITTED = {(row["chip"], row["storage"]): row for row in BUDGET["rows"]}
 GROWTH = 1.15  # another version of a compiler may schedule a little differently
 # A GPU's splits leave a result each, 66 of them for 8 heads; a TPU's nothing.
 TEMPORARIES = {"tpu": 1 << 20, "cuda": 8 << 20}
-SPILLS = 24  # what is left where doing without cost more than a tenth of the bundles
+SPILLS = {"tpu": 24, "cuda": 256}  # what is left: instructions, and bytes of kivi2 with the ptxas of NVIDIA's wheel
 CHIPS = [chip for chip in deviceless.CHIPS if chip != "h200"]  # the code of an h100
 
 
@@ -42,8 +42,8 @@ def test_the_budget_lists_every_storage_on_every_chip():
         pytest.importorskip(f"pallas_kernels.decode_attention.{name}")
     listed = {f"{chip} {storage}" for chip, storage in COMMITTED} | set(BUDGET["refused"])
     assert listed == {f"{chip} {storage}" for chip in CHIPS for storage in STORAGES}
-    # TPU: instructions that spill or fill, in code of thousands of bundles. GPU: bytes.
-    assert max(row["spills"] for row in BUDGET["rows"]) <= SPILLS
+    for row in BUDGET["rows"]:
+        assert row["spills"] <= SPILLS["cuda" if row["chip"] == "h100" else "tpu"]
 
 
 def test_an_h200_is_another_gpu_with_the_same_code(on):
