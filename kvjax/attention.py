@@ -21,11 +21,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax import fused
+from kvjax import fused, striped
 from kvjax.cache import CacheShape, KVCache, Segment
 from kvjax.codecs.base import AbstractCodec, Leaf
 from kvjax.fused import FAST, explain
 from kvjax.model.rope import cos_sin, rotate
+from kvjax.striped import Stripe
 from kvjax.writing import row_major, span
 
 __all__ = [
@@ -207,26 +208,32 @@ def layer_inputs(
 
 
 def _sealed(cache: KVCache, segment: Segment, layer: Any, qs: Queries) -> Partial:
-    """The sealed blocks: by a kernel for one query per row where there is one, else by the reference."""
-    if qs.raw.shape[3] == 1 and fused.has_kernel(cache, segment):
-        part = fused.attend(cache, segment, layer, qs.raw[..., 0, :], qs.rotated[..., 0, :], qs.position[:, 0])
-        return Partial(part.acc[..., None, :], part.max[..., None], part.sum[..., None])
-    return _sealed_in_chunks(cache, segment, layer, qs)
+    """The sealed blocks, on a mesh by the devices that own them."""
+    return striped.attend(_own_blocks, cache, segment, layer, qs)
 
 
-def _sealed_in_chunks(cache: KVCache, segment: Segment, layer: Any, qs: Queries) -> Partial:
-    """The sealed blocks, a chunk at a time; only chunks that some row needs are decoded."""
+def _own_blocks(cache: KVCache, segment: Segment, layer: Any, qs: Queries, stripe: Stripe) -> Partial:
+    """One device's sealed blocks: by a kernel for one query per row where there is one, else by the reference."""
+    kernel = fused.kernel(cache, segment) if qs.raw.shape[3] == 1 else None
+    if kernel is None:
+        return _in_chunks(cache, segment, layer, qs, stripe)
+    part = kernel(layer, qs.raw[..., 0, :], qs.rotated[..., 0, :], qs.position[:, 0], stripe)
+    return Partial(part.acc[..., None, :], part.max[..., None], part.sum[..., None])
+
+
+def _in_chunks(cache: KVCache, segment: Segment, layer: Any, qs: Queries, stripe: Stripe) -> Partial:
+    """The reference: a chunk of blocks at a time; only chunks that some row needs are decoded."""
     shape, T = cache.shape, cache.block
     k_params = jax.tree.map(lambda p: p[layer], segment.k_params)
     v_params = jax.tree.map(lambda p: p[layer], segment.v_params)
     N = jax.tree.leaves(segment.v)[0].shape[2]
     per_chunk = max(1, min(CHUNK_TOKENS // T, N))
-    sealed = cache.sealed(cache.length)
+    sealed = stripe.among(cache.sealed(cache.length))
     last = (sealed.max() + per_chunk - 1) // per_chunk
     first = jnp.int32(0)
     if shape.sliding_window is not None:
         oldest = qs.position.min(1) - shape.sliding_window + 1 - cache.sinks
-        first = jnp.maximum(oldest, 0).min() // (T * per_chunk)
+        first = stripe.among(jnp.maximum(oldest, 0).min() // T) // per_chunk
     tile = jnp.arange(T, dtype=jnp.int32)
     if segment.k_codec.pre_rope:
         tile_cos, tile_sin = cos_sin(shape.rope, tile[None, :], qs.total[:, None])
@@ -240,7 +247,7 @@ def _sealed_in_chunks(cache: KVCache, segment: Segment, layer: Any, qs: Queries)
             return row_major(jax.lax.dynamic_slice(leaf, at, (1, leaf.shape[1], per_chunk, *leaf.shape[3:])))[0]
 
         block = start + jnp.arange(per_chunk, dtype=jnp.int32)
-        base = cache.sinks + block * T
+        base = cache.sinks + stripe.number(block) * T
         k = segment.k_codec.decode(jax.tree.map(take, segment.k), k_params).astype(cache.dtype)
         v = segment.v_codec.decode(jax.tree.map(take, segment.v), v_params).astype(cache.dtype)
         # Without the barrier XLA on CPU decodes each key twice, once for each half of the rotation (1.3x slower).

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import reads
+from kvjax import reads, sharding
 from kvjax.codecs.base import AbstractCodec, Leaf
 from kvjax.model.rope import Rope
-from kvjax.targets import default_target, split
+from kvjax.targets import split
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +94,7 @@ class KVCache:
       k_window, v_window: as in `kvjax.policy.Preset`; static.
       policy: the policy's name, for reports; static.
       target: what attention is compiled for (`kvjax.targets`); static.
+      mesh: the devices it is spread over (`kvjax.sharding`), or None; static.
     """
 
     segments: tuple[Segment, ...]
@@ -110,6 +111,7 @@ class KVCache:
     capacity: int = dataclasses.field(metadata={"static": True})
     policy: str = dataclasses.field(metadata={"static": True})
     target: str = dataclasses.field(metadata={"static": True})
+    mesh: jax.sharding.Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -118,6 +120,11 @@ class KVCache:
     @property
     def batch(self) -> int:
         return self.length.shape[0]
+
+    @property
+    def stripes(self) -> int:
+        """Devices that blocks are dealt out to in turn (`kvjax.striped`)."""
+        return sharding.stripes(self.mesh)
 
     @property
     def reopens(self) -> bool:
@@ -140,10 +147,11 @@ def init(
     batch: int,
     capacity: int,
     dtype: Any,
+    target: str,
     block: int = 128,
-    target: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> KVCache:
-    """An empty cache; all its memory is allocated here.
+    """An empty cache; all its memory is allocated here, on a mesh every device's own part only.
 
     Args:
       shape: the model's dimensions.
@@ -151,8 +159,9 @@ def init(
       batch: rows.
       capacity: tokens per row that must fit; rounded up to whole blocks.
       dtype: compute dtype, in which recent tokens and sinks are held.
+      target: what attention is compiled for, as in `kvjax.targets`.
       block: tokens per block, a multiple of 32.
-      target: what attention is compiled for, as in `kvjax.targets`; None for the first device.
+      mesh: devices to spread the cache over, from `kvjax.sharding.make_mesh`; None for the default device.
     """
     if batch < 1:
         raise ValueError(f"`batch={batch}` must be at least 1.")
@@ -160,10 +169,24 @@ def init(
         raise ValueError(f"`capacity={capacity}` must be at least 1 token.")
     if block < 32 or block % 32:
         raise ValueError(f"`block={block}` must be a positive multiple of 32 tokens; the default is 128.")
-    target = target or default_target()
     split(target)
+    if mesh is not None:
+        sharding.check(mesh, batch=batch, kv_heads=shape.kv_heads)
+
+    def make() -> KVCache:
+        return _allocate(shape, policy, batch, capacity, dtype, block, target, mesh)
+
+    if mesh is None:
+        return make()
+    return jax.jit(make, out_shardings=sharding.cache_shardings(jax.eval_shape(make)))()
+
+
+def _allocate(
+    shape: CacheShape, policy: Any, batch: int, capacity: int, dtype: Any, block: int, target: str, mesh: Any
+) -> KVCache:
     sinks, window = policy.sinks, _held_back(policy, block)
     blocks = max(1, -(-(capacity - sinks - window) // block))  # the newest `window` tokens are never in one
+    blocks += -blocks % sharding.stripes(mesh)
     recent = -(-(block - 1 + window) // block) * block
     heads, head_dim = shape.kv_heads, shape.head_dim
 
@@ -219,6 +242,7 @@ def init(
         capacity=sinks + blocks * block + window,
         policy=policy.name,
         target=target,
+        mesh=mesh,
     )
 
 

@@ -42,6 +42,7 @@ def init_cache(
     dtype: Any = None,
     block: int | None = None,
     target: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> KVCache:
     """An empty cache for `batch` rows of up to `capacity` tokens each.
 
@@ -54,16 +55,30 @@ def init_cache(
       block: tokens per block, a multiple of 32; None for what suits the target (`kvjax.fused.block_tokens`).
       target: what a decode step's attention is compiled for, such as "tpu:v5p", "gpu:sm_90" or "cpu"; "reference" for
         plain jnp everywhere; None for the first device.
+      mesh: devices to spread the cache over, from `kvjax.sharding.make_mesh`: rows over `data`, blocks of the context
+        over `seq`, heads over `tensor`. The model's weights must be on it too (`kvjax.load(..., mesh=mesh)`).
 
     Raises:
+      NotImplementedError: for methods that read in part (AlignedKV) where `seq` is not 1.
       ValueError: for sizes that make no cache, and for a policy fitted to another shape.
     """
     shape = model if isinstance(model, CacheShape) else _shape_of(model)
     dtype = dtype or (jnp.float32 if model is shape else model.dtype)
     policy.check(shape)
-    target = target or default_target()
+    if (
+        mesh is not None
+        and mesh.shape.get("seq", 1) > 1
+        and any(codec.reads_in_part for s in policy.segments for codec in (s.k_codec, s.v_codec))
+    ):
+        raise NotImplementedError(
+            f"`mesh`: seq={mesh.shape['seq']}, but {policy.name} decides what it reads of a block from the blocks before "
+            "it; use seq=1 (data and tensor may be more), or kivi4, kvquant3 or int4."
+        )
+    target = target or default_target(mesh)
     block = block or block_tokens(policy, target)
-    return _cache.init(shape, policy, batch=batch, capacity=capacity, dtype=dtype, block=block, target=target)
+    return _cache.init(
+        shape, policy, batch=batch, capacity=capacity, dtype=dtype, target=target, block=block, mesh=mesh
+    )
 
 
 def prefill(

@@ -4,6 +4,8 @@ Kernels (`pallas_kernels.decode_attention`) read packed words and know no codecs
 read. What has no kernel takes the chunked reference of `kvjax.attention`, and `explain` says so and why.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from kvjax.codecs.identity import DenseBlock, IdentityCodec
 from kvjax.codecs.kvquant import NUQBlock, NUQChannelCodec, NUQTokenCodec
 from kvjax.codecs.rotated import RotatedCodec
 from kvjax.model.rope import cos_sin
+from kvjax.striped import Stripe
 from kvjax.targets import split
 from pallas_kernels.decode_attention import api
 from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, Partial, Rotation
@@ -98,33 +101,44 @@ def implementation(cache: KVCache, segment: Segment, target: str | None = None) 
     return name
 
 
-def has_kernel(cache: KVCache, segment: Segment) -> bool:
-    """Whether a decode step's attention over the segment is fused on the cache's target."""
-    try:
-        implementation(cache, segment)
-    except NotImplementedError:
-        return False
-    return True
+def kernel(cache: KVCache, segment: Segment) -> Callable[..., Partial] | None:
+    """What computes a decode step's attention over the segment on the cache's target; None where no kernel does.
 
-
-def attend(cache: KVCache, segment: Segment, layer: Any, raw: jax.Array, rotated: jax.Array, position: Any) -> Partial:
-    """Attention of one query per row over the layer's sealed blocks, by a kernel.
-
-    Args:
-      raw, rotated: `[B, K, G, H]` float32, before and after RoPE, times 1/sqrt(H).
-      position: `[B]` int32.
+    Returns:
+      `(layer, raw, rotated, position, stripe) -> Partial`: raw, rotated `[B, K, G, H]` float32, the queries before and
+      after RoPE, times 1/sqrt(H); position `[B]` int32; stripe says which blocks of the context the segment holds.
     """
+    try:
+        name = implementation(cache, segment)
+    except NotImplementedError:
+        return None
+    return functools.partial(_attend, name, cache, segment)
+
+
+def _attend(
+    name: api.Implementation,
+    cache: KVCache,
+    segment: Segment,
+    layer: Any,
+    raw: jax.Array,
+    rotated: jax.Array,
+    position: jax.Array,
+    stripe: Stripe,
+) -> Partial:
     k, v = formats(segment)
-    shape, pre_rope = cache.shape, segment.k_codec.pre_rope
-    last = cache.sealed(cache.length) * cache.block
+    shape, T = cache.shape, cache.block
+    last = stripe.among(cache.sealed(cache.length)) * T
     first = jnp.zeros_like(last)
     if shape.sliding_window is not None:
-        first = jnp.maximum(position - shape.sliding_window + 1 - cache.sinks, 0)
+        oldest = jnp.maximum(position - shape.sliding_window + 1 - cache.sinks, 0)
+        block = oldest // T
+        first = stripe.among(block) * T + jnp.where(block % stripe.count == stripe.index, oldest % T, 0)
     q, rotation = rotated, None
-    if pre_rope:
+    if segment.k_codec.pre_rope:
         # The factor stands for those of query and key: the kernel's angles only turn.
         q = raw * jnp.float32(shape.rope.attention_factor**2)
-        rotation = Rotation(position - cache.sinks, lambda offsets: _turn(shape.rope, offsets))
+        start = cache.sinks + stripe.index * T
+        rotation = Rotation(position - start, lambda offsets: _turn(shape.rope, offsets), stripe.count)
     if isinstance(segment.k_codec, RotatedCodec):
         q = segment.k_codec.turn(q)
     part = api.decode_attention(
@@ -135,7 +149,7 @@ def attend(cache: KVCache, segment: Segment, layer: Any, raw: jax.Array, rotated
         first=first,
         last=last,
         rotation=rotation,
-        implementation=implementation(cache, segment),
+        implementation=name,
         chip=split(cache.target)[1],
     )
     if isinstance(segment.v_codec, RotatedCodec):

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import sharding, striped
 from kvjax.cache import KVCache
+from kvjax.sharding import constrain
 
 
 def crop(cache: KVCache, lengths: Any) -> KVCache:
@@ -49,7 +51,7 @@ def crop(cache: KVCache, lengths: Any) -> KVCache:
 
 @jax.jit
 def _crop(cache: KVCache, lengths: jax.Array) -> KVCache:
-    T, rows = cache.block, jnp.arange(cache.batch)[:, None]
+    T = cache.block
     before, after = cache.sealed(cache.length), cache.sealed(lengths)
     from_storage = (before - after) * T
     segments = []
@@ -62,18 +64,17 @@ def _crop(cache: KVCache, lengths: jax.Array) -> KVCache:
             count = recent.shape[3] // T
             at = after[:, None] + jnp.arange(count)[None, :]
 
-            def one_layer(recent, storage, params, codec=codec, at=at):
-                block = jax.tree.map(lambda leaf: leaf[rows, jnp.minimum(at, leaf.shape[1] - 1)], storage)
+            def one_layer(recent, block, params, codec=codec):
                 stored = codec.decode(block, params).astype(recent.dtype).swapaxes(1, 2).reshape(recent.shape)
                 t = jnp.arange(recent.shape[2])[None, :]
                 old = jax.vmap(lambda x, i: jnp.take(x, i, axis=1, mode="clip"))(recent, t - from_storage[:, None])
                 return jnp.where((t < from_storage[:, None])[:, None, :, None], stored, old)
 
-            out[f"{name}_recent"] = jax.vmap(one_layer)(recent, storage, params)
+            out[f"{name}_recent"] = jax.vmap(one_layer)(recent, striped.read(cache, storage, at), params)
         segments.append(dataclasses.replace(segment, **out))
     held = jnp.maximum(lengths - cache.recent_start(lengths), 0)
     frozen = jnp.minimum(cache.frozen + from_storage, held)
-    return dataclasses.replace(cache, segments=tuple(segments), length=lengths, frozen=frozen)
+    return constrain(dataclasses.replace(cache, segments=tuple(segments), length=lengths, frozen=frozen), sealed=False)
 
 
 def fork(cache: KVCache, rows: Any) -> KVCache:
@@ -85,6 +86,8 @@ def fork(cache: KVCache, rows: Any) -> KVCache:
     rows = np.asarray(rows)
     if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= cache.batch:
         raise ValueError(f"`rows={rows.tolist()}` must be a list of rows 0 to {cache.batch - 1}.")
+    if cache.mesh is not None:
+        sharding.check(cache.mesh, batch=rows.size, kv_heads=cache.shape.kv_heads)
     return _fork(cache, rows)
 
 
@@ -102,11 +105,13 @@ def _fork(cache: KVCache, rows: jax.Array) -> KVCache:
         )
         for segment in copied.segments
     )
-    return dataclasses.replace(
-        copied,
-        segments=segments,
-        length=take(cache.length, 0),
-        frozen=take(cache.frozen, 0),
-        overrun=take(cache.overrun, 0),
-        pending=take(cache.pending, 1),
+    return constrain(
+        dataclasses.replace(
+            copied,
+            segments=segments,
+            length=take(cache.length, 0),
+            frozen=take(cache.frozen, 0),
+            overrun=take(cache.overrun, 0),
+            pending=take(cache.pending, 1),
+        )
     )

@@ -7,10 +7,10 @@ _TPUS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite":
 PLATFORMS = ("cpu", "gpu", "tpu", "reference")
 
 
-def default_target() -> str:
-    """The first device's."""
-    device = jax.devices()[0]
-    platform = jax.default_backend()
+def default_target(mesh: jax.sharding.Mesh | None = None) -> str:
+    """Of the first device, of the mesh if there is one."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
     if platform == "tpu":
         return f"tpu:{_TPUS.get(device.device_kind, device.device_kind)}"
     if platform == "gpu":

@@ -1,12 +1,14 @@
 """Writing to the cache: one operation for any number of new tokens, so the bits do not depend on how a text was cut."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from kvjax import striped
 from kvjax.cache import KVCache, Segment
 from kvjax.codecs.base import AbstractCodec
 
@@ -40,7 +42,7 @@ def row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _store(codec: AbstractCodec, reopens: bool, storage: Any, layer: Any, at: jax.Array, block: Any, full, kept) -> Any:
+def _put(codec: AbstractCodec, reopens: bool, storage: Any, layer: Any, at: jax.Array, block: Any, full, kept) -> Any:
     """Puts new blocks, leaves `[B, n, ...]`, at `at[B, n]` of a layer's storage where they are `full[B, n]`.
 
     Block by block, and in the cache's own layout: for a scatter, or for a block computed in another layout, XLA on TPU
@@ -61,14 +63,15 @@ def _store(codec: AbstractCodec, reopens: bool, storage: Any, layer: Any, at: ja
 
     def one(i, storage):
         row, n = i // count, i % count
+        to = jnp.minimum(at[row, n], jax.tree.leaves(storage)[0].shape[2] - 1)
         new = take(block, (row, n))
-        old = jax.tree.map(lambda x: x[0], take(storage, (layer, row, at[row, n])))
+        old = jax.tree.map(lambda x: x[0], take(storage, (layer, row, to)))
         if reopens:
             new = codec.keep(old, new, kept[row, n].reshape(1, 1))
         new = jax.tree.map(lambda a, b: jnp.where(full[row, n], a, b), new, old)
 
         def put(x, a):
-            return jax.lax.dynamic_update_slice(x, a[None], (layer, row, at[row, n]) + (0,) * (x.ndim - 3))
+            return jax.lax.dynamic_update_slice(x, a[None], (layer, row, to) + (0,) * (x.ndim - 3))
 
         return jax.tree.map(put, storage, new)
 
@@ -110,9 +113,11 @@ def write_layer(cache: KVCache, segment: Segment, layer: Any, k: jax.Array, v: j
             tokens = tokens.reshape(batch, tokens.shape[1], blocks, cache.block, -1).swapaxes(1, 2)
             index = first + jnp.arange(blocks)[None, :]
             full = index < newly[:, None]
-            at = jnp.minimum(sealed[:, None] + index, jax.tree.leaves(storage)[0].shape[2] - 1)
             kept = jnp.clip(cache.frozen[:, None] - index * cache.block, 0, cache.block)
-            storage = _store(codec, cache.reopens, storage, layer, at, codec.encode(tokens, params), full, kept)
+            put = functools.partial(_put, codec, cache.reopens)
+            storage = striped.store(
+                put, cache, storage, layer, sealed[:, None] + index, codec.encode(tokens, params), full, kept
+            )
             return storage, dropped + jnp.where(full, codec.dropped(tokens, params), 0).sum(1, dtype=jnp.int32)
 
         most = (recent.shape[2] + new_tokens) // cache.block  # static bound on the blocks that can fill

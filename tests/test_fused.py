@@ -16,6 +16,7 @@ from kvjax.codecs.affine import AffineBlock
 from kvjax.codecs.identity import DenseBlock
 from kvjax.codecs.kvquant import NUQBlock
 from kvjax.model.rope import make_rope
+from kvjax.striped import Stripe
 from pallas_kernels.decode_attention.reference import dequantize
 
 BLOCKS = 3
@@ -62,9 +63,9 @@ def queries(cache):
 def both(cache):
     """The sealed part of layer 0 by the kernel and by the reference."""
     segment = cache.segments[0]
-    assert fused.has_kernel(cache, segment)
+    assert fused.kernel(cache, segment)
     run = jax.jit(lambda f, cache: f(cache, cache.segments[0], jnp.int32(0), queries(cache)), static_argnums=0)
-    return run(attention._sealed, cache), run(attention._sealed_in_chunks, cache)
+    return run(attention._sealed, cache), run(lambda *args: attention._in_chunks(*args, Stripe()), cache)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_what_has_no_kernel_says_why(model, quant, reason):
 
 def test_the_reference_can_be_asked_for(model):
     cache = decode.init_cache(model, kvjax.policy("kivi2", model), batch=1, capacity=200, target="reference")
-    assert not fused.has_kernel(cache, cache.segments[0])
+    assert fused.kernel(cache, cache.segments[0]) is None
     assert "reference (chunked jnp), asked for" in decode.explain(cache)
     with pytest.raises(ValueError, match="`target='tpv'` names no platform"):
         decode.init_cache(model, kvjax.policy("kivi2", model), batch=1, capacity=200, target="tpv")

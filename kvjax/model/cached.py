@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax import attention, writing
+from kvjax import attention, sharding, writing
 from kvjax.cache import KVCache, Segment
 from kvjax.reads import FIELDS
 
@@ -38,7 +38,7 @@ def forward_chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Arr
     x, (k, v, reads) = _scan_layers(cache.segments, body, module.embed(tokens))
     if counting:
         cache = dataclasses.replace(cache, segments=tuple(_counted(segment, reads) for segment in cache.segments))
-    return x, writing.write(cache, k, v, counts)
+    return x, sharding.constrain(writing.write(cache, k, v, counts))
 
 
 def _counted(segment: Segment, reads: jax.Array) -> Segment:
@@ -154,6 +154,7 @@ def prefill_exact(model, cache, tokens, counts):
     else:
         x, segments = _alternate(cache.segments, attend, write, x)
     cache = writing.advance_lengths(dataclasses.replace(cache, segments=tuple(segments)), counts)
+    cache = sharding.constrain(cache)
     return module.logits(_rows(x, counts - 1)), cache
 
 

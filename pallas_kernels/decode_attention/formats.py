@@ -138,10 +138,20 @@ class Rotation:
       position: `[B]` int32, of the query, counted from token 0 of the storage.
       angles: `angles(offsets[...] int32) -> cos, sin`, each `[..., H/2]` float32: the rotation by so many tokens. It
         turns channels (i, i + H/2) of each head and does not scale them.
+      stride: the storage holds every stride-th block of a sequence (the others are on other devices), so that its token
+        t is rotated by `place(t)` and not by t.
     """
 
     position: jax.Array
     angles: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+    stride: int = 1
+
+    def place(self, token: jax.Array, tokens: int) -> jax.Array:
+        """Where token number `token` of the storage stands, in blocks of `tokens`.
+
+        It adds up: place(a + b) = place(a) + place(b) for a at the start of a block.
+        """
+        return token + token // tokens * (tokens * (self.stride - 1))
 
 
 def shape_of(fmt: Format) -> tuple[int, int, int, int, int, int]:

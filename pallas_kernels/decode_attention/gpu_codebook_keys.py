@@ -88,7 +88,7 @@ class CodebookKeys:
 
     def _row_angles(self) -> jax.Array:
         """cos and sin by which plane 0 turns: `[2, 64, H/2]` float32."""
-        return jnp.stack(self._angles(self.plan.token(jnp.arange(ROWS, dtype=jnp.int32), 0)))
+        return jnp.stack(self._angles(self._place(self.plan.token(jnp.arange(ROWS, dtype=jnp.int32), 0))))
 
     def _folds(self, fmt: Codebook) -> jax.Array:
         """`[K, 3, width]` float32: s; then a and b of y = a cos + b sin, the zeros turned by a chunk's angle."""
@@ -100,11 +100,11 @@ class CodebookKeys:
     def _coarse(self) -> jax.Array:
         """`[B, blocks / 64, 2, width]`: cos and sin from every 64th block, the first `BEFORE` 0, to the query."""
         block = FINE * jnp.arange(-(-(self.plan.blocks + BEFORE) // FINE), dtype=jnp.int32) - BEFORE
-        return self._factors(self.rotation.position[:, None] - block[None] * self.plan.tokens)
+        return self._factors(self.rotation.position[:, None] - self._place(block[None] * self.plan.tokens))
 
     def _fine(self) -> jax.Array:
         """`[64, 2, width]`: cos and sin of so many blocks."""
-        return self._factors(jnp.arange(FINE, dtype=jnp.int32) * self.plan.tokens)
+        return self._factors(self._place(jnp.arange(FINE, dtype=jnp.int32) * self.plan.tokens))
 
     def _factors(self, offsets: jax.Array) -> jax.Array:
         cos, sin = self._angles(offsets)
@@ -112,6 +112,9 @@ class CodebookKeys:
 
     def _angles(self, offsets: jax.Array):
         return self.rotation.angles(offsets)
+
+    def _place(self, token: jax.Array) -> jax.Array:
+        return self.rotation.place(token, self.plan.tokens)
 
     def _wide(self, x: jax.Array) -> jax.Array:
         return jnp.concatenate([x] * (self.width // x.shape[-1]), -1) if self.width > x.shape[-1] else x

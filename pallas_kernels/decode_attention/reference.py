@@ -29,7 +29,7 @@ def decode_attention(
     keys = whole(k)
     token = jnp.arange(blocks * tokens, dtype=jnp.int32)
     if rotation is not None:
-        keys = rotate(keys, *(x[None, None] for x in rotation.angles(token)))
+        keys = rotate(keys, *(x[None, None] for x in rotation.angles(rotation.place(token, tokens))))
         q = rotate(q, *(x[:, None, None] for x in rotation.angles(rotation.position)))
     scores = jnp.einsum("bkgh,bkth->bkgt", q, keys, precision="highest")
     token = token[None, :]

@@ -144,16 +144,20 @@ class CodebookKeys(_Codebook):
             return out
         plan = self.plan
         assert self.first is not None
-        offsets = self.rotation.position[:, None] - plan.starts(jnp.maximum(self.first, 0))
+        offsets = self.rotation.position[:, None] - self._place(plan.starts(jnp.maximum(self.first, 0)))
         start = jnp.concatenate(self.rotation.angles(offsets), axis=-1)[:, :, None]
-        run = jnp.arange(plan.runs, dtype=jnp.int32) * plan.run_tokens
-        cos, sin = self.rotation.angles(jnp.asarray(self.order, jnp.int32))  # of the tokens within a run
+        run = self._place(jnp.arange(plan.runs, dtype=jnp.int32) * plan.run_tokens)
+        cos, sin = self.rotation.angles(self._place(jnp.asarray(self.order, jnp.int32)))  # of the tokens within a run
         wide = [jnp.concatenate([x, x], axis=-1).astype(self.levels.dtype) for x in (cos, sin)]
         out += [plan.per_chunk(start), plan.constant(jnp.concatenate(self.rotation.angles(run), axis=-1)[:, None])]
         out += [plan.constant(x) for x in wide]
         if self.fmt.slots:
             out += [plan.constant(x.T.astype(jnp.bfloat16)) for x in (cos, sin)]
         return out
+
+    def _place(self, token: jax.Array) -> jax.Array:
+        assert self.rotation is not None
+        return self.rotation.place(token, self.plan.tokens)
 
     def scratch(self) -> list[Any]:
         plan = self.plan

@@ -55,14 +55,14 @@ def decode_attention(
     begin = jnp.where(live, first, N * T).min() // span
     end = (jnp.where(live, last, 0).max() + span - 1) // span
     within = jnp.arange(span, dtype=jnp.int32)
-    turns = None if rotation is None else rotation.angles(within)
+    turns = None if rotation is None else rotation.angles(rotation.place(within, T))
 
     def body(chunk: jax.Array, part: Partial) -> Partial:
         start = jnp.minimum(chunk * blocks, N - blocks)  # the last chunk may overlap the one before
         if rotation is None or turns is None:
             scores = _products(q, _stored(decode(take(k, layer, start, blocks))).reshape(B, K, span, H))
         else:
-            to_start = (x[:, None, None] for x in rotation.angles(rotation.position - start * T))
+            to_start = (x[:, None, None] for x in rotation.angles(rotation.position - rotation.place(start * T, T)))
             keys = _decoded_apart(k, layer, start, blocks, chunk < end)
             scores = _turned_products(rotate(q, *to_start), keys, *turns)
         token = (start * T + within)[None, :]

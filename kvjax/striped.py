@@ -1,0 +1,165 @@
+"""Sealed blocks on a mesh: each device reads and writes its own, and no block ever travels.
+
+Blocks are dealt out in stripes: block n of the context belongs to device n mod P of the mesh axis `seq`, as its block
+n // P. So the work is even at any fill, in prefill and under a sliding window. An array of N blocks, N a multiple of P,
+holds block n at index (n mod P) * N/P + n // P.
+
+`shard_map` stands here and nowhere else: kernels cannot be partitioned by XLA, and a slice of a sharded axis would be
+gathered. Attention of a decode step costs two all-reduces per layer, whatever the context: of the maximum of the
+scores, and of the sums (kernels-guide section 2; ring attention's merge, arXiv 2310.01889, section 3).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from kvjax import sharding
+from kvjax.cache import KVCache, Segment
+
+
+@dataclasses.dataclass(frozen=True)
+class Stripe:
+    """The blocks of one device: number `index`, `index + count`, `index + 2 count`, ... of the context."""
+
+    index: Any = 0
+    count: int = 1
+
+    def among(self, blocks: jax.Array) -> jax.Array:
+        """How many of the first `blocks` of the context are own ones."""
+        return (blocks - self.index + self.count - 1) // self.count
+
+    def number(self, own: jax.Array) -> jax.Array:
+        """The number in the context of own block `own`."""
+        return own * self.count + self.index
+
+
+def attend(partial: Callable, cache: KVCache, segment: Segment, layer: Any, qs: Any) -> Any:
+    """Attention over all sealed blocks, from what each device has of its own.
+
+    Args:
+      partial: `(cache, segment, layer, qs, stripe) -> (acc, max, sum)`, as in `kvjax.attention.Partial`. The cache it is
+        given has lengths and settings only, the segment sealed blocks and constants only, both of this device.
+      qs: `kvjax.attention.Queries`.
+
+    Returns:
+      acc, max and sum over all blocks; where there are several queries and `seq` divides them, each device of `seq` has
+      its share of the queries.
+    """
+    mesh = cache.mesh
+    if mesh is None:
+        return partial(cache, segment, layer, qs, Stripe())
+    share = mesh.shape["seq"] > 1 and qs.raw.shape[3] > 1 and qs.raw.shape[3] % mesh.shape["seq"] == 0
+
+    def own(cache, segment, layer, qs):
+        part = partial(cache, segment, layer, qs, _own_stripe(mesh))
+        return _join(part, share) if mesh.shape["seq"] > 1 else part
+
+    blocks = _blocks_only(segment)
+    rows = jax.tree.map(lambda _: P("data"), qs)
+    in_specs = (
+        _fact_specs(cache),
+        sharding.segment_specs(blocks, cache.shape.kv_heads),
+        P(),
+        dataclasses.replace(rows, raw=P("data", "tensor"), rotated=P("data", "tensor")),
+    )
+    out = P("data", "tensor", None, "seq" if share else None)
+    return _manual(own, mesh, in_specs, out)(_facts(cache), blocks, jnp.asarray(layer, jnp.int32), qs)
+
+
+def _join(part: Any, share: bool) -> Any:
+    """The log-sum-exp merge over `seq`: two all-reduces, or a reduce-scatter for the second where queries are shared."""
+    top = jax.lax.pmax(part.max, "seq")
+    weight = jnp.exp(part.max - top)[..., None]
+    packed = jnp.concatenate([part.acc, part.sum[..., None]], -1) * weight
+    if share:
+        packed = jax.lax.psum_scatter(packed, "seq", scatter_dimension=3, tiled=True)
+        size = packed.shape[3]
+        top = jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index("seq") * size, size, axis=3)
+    else:
+        packed = jax.lax.psum(packed, "seq")
+    return part._replace(acc=packed[..., :-1], max=top, sum=packed[..., -1])
+
+
+def store(put: Callable, cache: KVCache, storage: Any, layer: Any, at: jax.Array, block: Any, full, kept) -> Any:
+    """Writes new blocks into the storage of their owners.
+
+    Args:
+      put: `(storage, layer, at[B, n], block, full[B, n], kept[B, n]) -> storage`, on one device, leaves `[B, n, ...]`
+        of `block` that are `full` to index `at`.
+      at: `[B, n]` numbers of blocks in the context.
+    """
+    mesh = cache.mesh
+    if mesh is None:
+        return put(storage, layer, at, block, full, kept)
+
+    def own(storage, layer, at, block, full, kept):
+        stripe = _own_stripe(mesh)
+        full = full & (at % stripe.count == stripe.index)
+        return put(storage, layer, at // stripe.count, block, full, kept)
+
+    sealed = sharding.specs("sealed", storage)
+    new = jax.tree.map(lambda leaf: P(*sharding.spec("blocks", leaf[None])[1:]), block)
+    rows = P("data")
+    return _manual(own, mesh, (sealed, P(), rows, new, rows, rows), sealed)(storage, layer, at, block, full, kept)
+
+
+def read(cache: KVCache, storage: Any, at: jax.Array) -> Any:
+    """Blocks `at[B, n]` of the context, leaves `[L, B, n, K or 1, ...]`, whole on every device of `seq`."""
+
+    def own(storage, at):
+        stripe = Stripe() if cache.mesh is None else _own_stripe(cache.mesh)
+        rows = jnp.arange(at.shape[0])[:, None]
+
+        def take(leaf):
+            found = leaf[:, rows, jnp.minimum(at // stripe.count, leaf.shape[2] - 1)]
+            if stripe.count == 1:
+                return found
+            bits = jax.lax.bitcast_convert_type(found, f"uint{8 * leaf.dtype.itemsize}")  # -0.0 + 0.0 would be 0.0
+            mine = (at % stripe.count == stripe.index).reshape((1, *at.shape) + (1,) * (leaf.ndim - 3))
+            bits = jax.lax.psum(jnp.where(mine, bits, jnp.zeros((), bits.dtype)), "seq")
+            return jax.lax.bitcast_convert_type(bits, leaf.dtype)
+
+        return jax.tree.map(take, storage)
+
+    if cache.mesh is None:
+        return own(storage, at)
+    return _manual(own, cache.mesh, (sharding.specs("sealed", storage), P("data")), sharding.specs("blocks", storage))(
+        storage, at
+    )
+
+
+def order(blocks: int, stripes: int) -> np.ndarray:
+    """Where an array of so many blocks holds each: `index[n]` of block n."""
+    n = np.arange(blocks)
+    return n % stripes * (blocks // stripes) + n // stripes
+
+
+def _own_stripe(mesh: Mesh) -> Stripe:
+    count = mesh.shape["seq"]
+    return Stripe(jax.lax.axis_index("seq") if count > 1 else 0, count)
+
+
+def _manual(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    # check_vma: kernels' results do not say over which axes they vary.
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _facts(cache: KVCache) -> KVCache:
+    """The cache without its tokens, but for their type."""
+    return dataclasses.replace(cache, segments=(), pending=(jnp.zeros((), cache.dtype),) * 2)
+
+
+def _fact_specs(cache: KVCache) -> KVCache:
+    whole = jax.tree.map(lambda _: P(), _facts(cache))
+    return dataclasses.replace(whole, **dict.fromkeys(("length", "frozen", "overrun"), P("data")))
+
+
+def _blocks_only(segment: Segment) -> Segment:
+    rest = dict.fromkeys(("k_recent", "v_recent", "k_sinks", "v_sinks", "dropped", "reads"))
+    return dataclasses.replace(segment, **rest)
