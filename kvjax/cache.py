@@ -270,11 +270,12 @@ def check_room(cache: KVCache, counts: Any) -> None:
     """Raises before anything is touched where a row would overrun; a traced length can't be checked."""
     if isinstance(cache.length, jax.core.Tracer) or isinstance(counts, jax.core.Tracer):
         return
-    need = np.asarray(cache.length) + np.asarray(counts)
+    held = sharding.on_host(cache.length)
+    need = held + np.asarray(counts)
     row = int(need.argmax())
     if need[row] > cache.capacity:
         raise ValueError(
-            f"`capacity={cache.capacity}` tokens: row {row} holds {int(cache.length[row])} and would need "
+            f"`capacity={cache.capacity}` tokens: row {row} holds {int(held[row])} and would need "
             f"{int(need[row])}; "
             "make the cache with a larger `capacity`, or crop it."
         )

@@ -18,6 +18,7 @@ import numpy as np
 
 from kvjax import attention as _attention
 from kvjax import cache as _cache
+from kvjax import sharding
 from kvjax.attention import explain
 from kvjax.byo import advance, append, attend, attend_and_count
 from kvjax.cache import CacheShape, KVCache
@@ -71,8 +72,8 @@ def init_cache(
         and any(codec.reads_in_part for s in policy.segments for codec in (s.k_codec, s.v_codec))
     ):
         raise NotImplementedError(
-            f"`mesh`: seq={mesh.shape['seq']}, but {policy.name} decides what it reads of a block from the blocks before "
-            "it; use seq=1 (data and tensor may be more), or kivi4, kvquant3 or int4."
+            f"`mesh`: seq={mesh.shape['seq']}, but {policy.name} decides what it reads of a block from those before it; "
+            "use seq=1 (data and tensor may be more), or kivi4, kvquant3 or int4."
         )
     target = target or default_target(mesh)
     block = block or block_tokens(policy, target)
@@ -223,7 +224,7 @@ def bits_read(cache: KVCache) -> dict[str, float] | None:
       `keys`, `values` and `all`: bits needed; `keys_units`, `values_units` and `all_units`: as moved in units of 64
       bytes. None where everything is read, and before anything was.
     """
-    counts = [np.asarray(s.reads, np.float64).sum((0, 1)) for s in cache.segments if s.reads is not None]
+    counts = [sharding.on_host(s.reads).astype(np.float64).sum((0, 1)) for s in cache.segments if s.reads is not None]
     if not counts or not np.sum(counts):
         return None
     (k, k_bits, k_units), (v, v_bits, v_units) = np.sum(counts, 0).reshape(2, -1)
@@ -241,8 +242,8 @@ def nbytes(cache: KVCache) -> int:
 
 def statistics(cache: KVCache) -> dict[str, int]:
     """What did not fit: `dropped_outliers` (no slot left in a sealed block) and `overrun` (tokens refused)."""
-    dropped = sum(int(np.asarray(s.dropped).sum()) for s in cache.segments)
-    return {"dropped_outliers": dropped, "overrun": int(np.asarray(cache.overrun).sum())}
+    dropped = sum(int(sharding.on_host(s.dropped).sum()) for s in cache.segments)
+    return {"dropped_outliers": dropped, "overrun": int(sharding.on_host(cache.overrun).sum())}
 
 
 def _check_range(cache: KVCache) -> None:
@@ -250,7 +251,7 @@ def _check_range(cache: KVCache) -> None:
     for segment in cache.segments:
         if segment.reads is None or isinstance(segment.dropped, jax.core.Tracer):
             continue
-        dropped = np.asarray(segment.dropped).sum(0)
+        dropped = sharding.on_host(segment.dropped).sum(0)
         if dropped.any():
             row = int(dropped.argmax())
             raise ValueError(

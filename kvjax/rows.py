@@ -36,15 +36,16 @@ def crop(cache: KVCache, lengths: Any) -> KVCache:
             f"`lengths` must be known when a cache with {grouped[0].describe()} is cropped; call it outside jit."
         )
     if not traced:
-        old, new = np.asarray(cache.length), np.asarray(lengths)
+        old, new = sharding.on_host(cache.length), np.asarray(lengths)
         if (new < 0).any() or (new > old).any():
             raise ValueError(f"`lengths={new.tolist()}` must lie between 0 and the rows' {old.tolist()} tokens.")
-        cut = np.asarray((cache.sealed(lengths) < cache.sealed(cache.length)) & (lengths > cache.recent_start(lengths)))
+        now = jnp.asarray(new)
+        cut = np.asarray((cache.sealed(now) < cache.sealed(jnp.asarray(old))) & (now > cache.recent_start(now)))
         if grouped and cut.any():
             row = int(cut.argmax())
             raise ValueError(
                 f"`lengths={new.tolist()}`: row {row} would cut a sealed block of {grouped[0].describe()}, "
-                f"whose exact values are gone; crop to {int(cache.recent_start(lengths)[row])} and append the rest."
+                f"whose exact values are gone; crop to {int(cache.recent_start(now)[row])} and append the rest."
             )
     return _crop(cache, lengths)
 

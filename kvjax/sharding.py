@@ -6,8 +6,8 @@ A mesh has three axes, any of them 1:
     seq      blocks of the context (context parallelism)
     tensor   kv heads with their query heads, MLP channels, vocabulary (tensor parallelism)
 
-All axes are `Auto`: XLA partitions what `RULES` leave open. Where sealed blocks are read or written each device works on
-its own (`kvjax.striped`). Recent tokens and sinks are whole on every device of `seq`: they are a few hundred tokens,
+All axes are `Auto`: XLA partitions what `RULES` leave open. Where sealed blocks are read or written each device works
+on its own (`kvjax.striped`). Recent tokens and sinks are whole on every device of `seq`: they are a few hundred tokens,
 and reading them costs less than one more message.
 """
 
@@ -26,15 +26,18 @@ if TYPE_CHECKING:
 
 AXES = ("data", "seq", "tensor")
 
-# Of every kind of array, what its leading axes are split over. Axes of size 1 and those not named are whole everywhere.
+# For every kind of array, what its leading axes are split over. Axes of size 1 and the others are whole everywhere.
 RULES: dict[str, P] = {
     "sealed": P(None, "data", "seq", "tensor"),  # [L, B, N, K or 1, ...]
     "blocks": P(None, "data", None, "tensor"),  # [L, B, n, K or 1, ...]: some blocks, whole on every device of `seq`
     "recent": P(None, "data", "tensor"),  # [L, B, K, R, H]: sinks and pending tokens too
+    "counters": P(None, "data"),  # [L, B, ...]
+    "rows": P("data"),  # [B, ...]: lengths
     "heads": P(None, "tensor"),  # [L, K, 1, H]: fitted constants of each channel
     "whole": P(),
 }
 # Letters of `kvjax.model.llama.WEIGHTS`: output heads, MLP channels and vocabulary are split, the width D never.
+ROWS = ("length", "frozen", "overrun")  # of `KVCache`
 WEIGHT_AXES = {"K": "tensor", "F": "tensor", "V": "tensor"}
 
 
@@ -103,21 +106,18 @@ def segment_specs(segment: "Segment", kv_heads: int) -> "Segment":
     def params(tree: Any) -> Any:
         return jax.tree.map(lambda x: spec("heads" if x.ndim == 4 and x.shape[1] == kv_heads else "whole", x), tree)
 
-    rules = {"k": "sealed", "v": "sealed", "dropped": "whole", "reads": "whole"}
+    rules = {"k": "sealed", "v": "sealed", "dropped": "counters", "reads": "counters"}
     rules |= dict.fromkeys(("k_recent", "v_recent", "k_sinks", "v_sinks"), "recent")
-    return dataclasses.replace(
-        segment,
-        **{name: specs(rule, getattr(segment, name)) for name, rule in rules.items()},
-        k_params=params(segment.k_params),
-        v_params=params(segment.v_params),
-    )
+    changes: dict[str, Any] = {name: specs(rule, getattr(segment, name)) for name, rule in rules.items()}
+    return dataclasses.replace(segment, **changes, k_params=params(segment.k_params), v_params=params(segment.v_params))
 
 
 def cache_specs(cache: "KVCache") -> "KVCache":
     """A cache of PartitionSpecs."""
     segments = tuple(segment_specs(segment, cache.shape.kv_heads) for segment in cache.segments)
-    rest = specs("whole", dataclasses.replace(cache, segments=(), pending=()))
-    return dataclasses.replace(rest, segments=segments, pending=specs("recent", cache.pending))
+    rest = specs("whole", dataclasses.replace(cache, segments=()))
+    rows: dict[str, Any] = {name: spec("rows", getattr(cache, name)) for name in ROWS}
+    return dataclasses.replace(rest, segments=segments, pending=specs("recent", cache.pending), **rows)
 
 
 def _on(mesh: Mesh, tree: Any) -> Any:
@@ -126,6 +126,7 @@ def _on(mesh: Mesh, tree: Any) -> Any:
 
 def cache_shardings(cache: "KVCache") -> "KVCache":
     """A cache of NamedShardings, one for each array of `cache`, which has a mesh."""
+    assert cache.mesh is not None
     return _on(cache.mesh, cache_specs(cache))
 
 
@@ -147,6 +148,14 @@ def constrain(cache: "KVCache", sealed: bool = True) -> "KVCache":
 def replicated(x: Any, mesh: Mesh | None) -> Any:
     """Whole on every device, so that every process may read it."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+    """An array as numpy; where parts of it are on other processes, all of them must ask."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    whole = NamedSharding(x.sharding.mesh, P())  # type: ignore[attr-defined]
+    return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(x))
 
 
 def weight_spec(name: str) -> P:

@@ -43,8 +43,8 @@ def attend(partial: Callable, cache: KVCache, segment: Segment, layer: Any, qs: 
     """Attention over all sealed blocks, from what each device has of its own.
 
     Args:
-      partial: `(cache, segment, layer, qs, stripe) -> (acc, max, sum)`, as in `kvjax.attention.Partial`. The cache it is
-        given has lengths and settings only, the segment sealed blocks and constants only, both of this device.
+      partial: `(cache, segment, layer, qs, stripe) -> (acc, max, sum)`, as in `kvjax.attention.Partial`. The cache
+        it is given has lengths and settings only, the segment sealed blocks and constants only, both of this device.
       qs: `kvjax.attention.Queries`.
 
     Returns:
@@ -62,8 +62,10 @@ def attend(partial: Callable, cache: KVCache, segment: Segment, layer: Any, qs: 
 
     blocks = _blocks_only(segment)
     rows = jax.tree.map(lambda _: P("data"), qs)
+    whole: KVCache = jax.tree.map(lambda _: P(), _facts(cache))
+    row_specs: dict[str, Any] = dict.fromkeys(sharding.ROWS, P("data"))
     in_specs = (
-        _fact_specs(cache),
+        dataclasses.replace(whole, **row_specs),
         sharding.segment_specs(blocks, cache.shape.kv_heads),
         P(),
         dataclasses.replace(rows, raw=P("data", "tensor"), rotated=P("data", "tensor")),
@@ -73,7 +75,7 @@ def attend(partial: Callable, cache: KVCache, segment: Segment, layer: Any, qs: 
 
 
 def _join(part: Any, share: bool) -> Any:
-    """The log-sum-exp merge over `seq`: two all-reduces, or a reduce-scatter for the second where queries are shared."""
+    """The log-sum-exp merge over `seq`: two all-reduces; a reduce-scatter for the second where queries are shared."""
     top = jax.lax.pmax(part.max, "seq")
     weight = jnp.exp(part.max - top)[..., None]
     packed = jnp.concatenate([part.acc, part.sum[..., None]], -1) * weight
@@ -107,6 +109,21 @@ def store(put: Callable, cache: KVCache, storage: Any, layer: Any, at: jax.Array
     new = jax.tree.map(lambda leaf: P(*sharding.spec("blocks", leaf[None])[1:]), block)
     rows = P("data")
     return _manual(own, mesh, (sealed, P(), rows, new, rows, rows), sealed)(storage, layer, at, block, full, kept)
+
+
+def write_rows(write: Callable, cache: KVCache, arrays: Any, values: jax.Array, slot: jax.Array) -> Any:
+    """Puts new tokens at places of their row: each device its rows and heads.
+
+    Args:
+      write: `(arrays, values, slot) -> arrays` on one device.
+      arrays: `[L, B, K, R, H]`; values: `[L, B, K, S, H]`; slot: `[B, S]` integers.
+    """
+    mesh = cache.mesh
+    if mesh is None:
+        return write(arrays, values, slot)
+
+    held, new = sharding.spec("recent", arrays), sharding.spec("recent", values)
+    return _manual(write, mesh, (held, new, P("data")), held)(arrays, values, slot)
 
 
 def read(cache: KVCache, storage: Any, at: jax.Array) -> Any:
@@ -155,11 +172,6 @@ def _facts(cache: KVCache) -> KVCache:
     return dataclasses.replace(cache, segments=(), pending=(jnp.zeros((), cache.dtype),) * 2)
 
 
-def _fact_specs(cache: KVCache) -> KVCache:
-    whole = jax.tree.map(lambda _: P(), _facts(cache))
-    return dataclasses.replace(whole, **dict.fromkeys(("length", "frozen", "overrun"), P("data")))
-
-
 def _blocks_only(segment: Segment) -> Segment:
-    rest = dict.fromkeys(("k_recent", "v_recent", "k_sinks", "v_sinks", "dropped", "reads"))
+    rest: dict[str, Any] = dict.fromkeys(("k_recent", "v_recent", "k_sinks", "v_sinks", "dropped", "reads"))
     return dataclasses.replace(segment, **rest)

@@ -137,21 +137,23 @@ def write_layer(cache: KVCache, segment: Segment, layer: Any, k: jax.Array, v: j
 
 def _write_recent(cache: KVCache, segment: Segment, k: jax.Array, v: jax.Array, counts: jax.Array) -> Segment:
     """`write_layer` for all layers of a segment where no block fills: a scatter of the new tokens."""
-    batch, new_tokens = k.shape[1], k.shape[3]
-    rows = jnp.arange(batch)[:, None]
-    i = jnp.arange(new_tokens)[None, :]
+    i = jnp.arange(k.shape[3])[None, :]
     position = cache.length[:, None] + i
     valid = i < counts[:, None]
     capacity = segment.k_recent.shape[3]
     slot = jnp.where(valid & (position >= cache.sinks), position - cache.recent_start(cache.length)[:, None], capacity)
     sink = jnp.where(valid & (position < cache.sinks), position, cache.sinks)
+
+    def put(held: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
+        values = values.astype(held.dtype).transpose(1, 3, 0, 2, 4)  # advanced indices come first: [B, S, L, K, H]
+        return held.at[:, jnp.arange(at.shape[0])[:, None], :, at].set(values, mode="drop")
+
     out = {}
     for name, x in (("k", k), ("v", v)):
         recent, sinks = getattr(segment, f"{name}_recent"), getattr(segment, f"{name}_sinks")
-        values = x.astype(recent.dtype).transpose(1, 3, 0, 2, 4)  # advanced indices come first: [B, S, L, K, H]
-        out[f"{name}_recent"] = recent.at[:, rows, :, slot].set(values, mode="drop")
+        out[f"{name}_recent"] = striped.write_rows(put, cache, recent, x, slot)
         if cache.sinks:
-            out[f"{name}_sinks"] = sinks.at[:, rows, :, sink].set(values, mode="drop")
+            out[f"{name}_sinks"] = striped.write_rows(put, cache, sinks, x, sink)
     return dataclasses.replace(segment, **out)
 
 
