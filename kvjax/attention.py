@@ -156,12 +156,17 @@ def attend_layer(
 
         part, counts = aligned.attend(cache, segment, layer, qs, new, mode)
         return finish(part).transpose(0, 3, 1, 2, 4), counts
-    part = _sealed(cache, segment, layer, qs)
-    part = merge(part, _sinks(cache, segment, layer, qs, new, mode))
-    part = merge(part, _recent(cache, segment, layer, qs, new, mode))
+    part = through_cache(cache, segment, layer, qs, new, mode)
     if mode == "exact":
         part = merge(part, _this_call(cache, qs, new))
     return finish(part).transpose(0, 3, 1, 2, 4), None
+
+
+def through_cache(cache: KVCache, segment: Segment, layer: Any, qs: Queries, new: "NewTokens", mode: Mode) -> Partial:
+    """What the queries see of the cache: sealed blocks, sinks and recent tokens; in "cached" mode this call's too."""
+    part = _sealed(cache, segment, layer, qs)
+    part = merge(part, _sinks(cache, segment, layer, qs, new, mode))
+    return merge(part, _recent(cache, segment, layer, qs, new, mode))
 
 
 @jax.tree_util.register_dataclass

@@ -72,7 +72,7 @@ def init_cache(
         and any(codec.reads_in_part for s in policy.segments for codec in (s.k_codec, s.v_codec))
     ):
         raise NotImplementedError(
-            f"`mesh`: seq={mesh.shape['seq']}, but {policy.name} decides what it reads of a block from those before it; "
+            f"`mesh`: seq={mesh.shape['seq']}, but {policy.name} chooses what it reads of a block by those before; "
             "use seq=1 (data and tensor may be more), or kivi4, kvquant3 or int4."
         )
     target = target or default_target(mesh)

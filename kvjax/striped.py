@@ -135,20 +135,59 @@ def read(cache: KVCache, storage: Any, at: jax.Array) -> Any:
 
         def take(leaf):
             found = leaf[:, rows, jnp.minimum(at // stripe.count, leaf.shape[2] - 1)]
-            if stripe.count == 1:
-                return found
-            bits = jax.lax.bitcast_convert_type(found, f"uint{8 * leaf.dtype.itemsize}")  # -0.0 + 0.0 would be 0.0
             mine = (at % stripe.count == stripe.index).reshape((1, *at.shape) + (1,) * (leaf.ndim - 3))
-            bits = jax.lax.psum(jnp.where(mine, bits, jnp.zeros((), bits.dtype)), "seq")
-            return jax.lax.bitcast_convert_type(bits, leaf.dtype)
+            return found if stripe.count == 1 else _from_owner(found, mine)
 
         return jax.tree.map(take, storage)
 
     if cache.mesh is None:
         return own(storage, at)
-    return _manual(own, cache.mesh, (sharding.specs("sealed", storage), P("data")), sharding.specs("blocks", storage))(
-        storage, at
-    )
+    in_specs = (sharding.specs("sealed", storage), P("data"))
+    return _manual(own, cache.mesh, in_specs, sharding.specs("blocks", storage))(storage, at)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SpreadTokens:
+    """Keys or values `[B, K, S, H]` of a long call, in chunks of C tokens, each chunk split over `seq`.
+
+    Attributes:
+      values: `[B, K, n, C, H]`.
+      mesh: static.
+    """
+
+    values: Any
+    mesh: Mesh = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        B, K, n, C, H = self.values.shape
+        return B, K, n * C, H
+
+    def astype(self, dtype: Any) -> "SpreadTokens":
+        return dataclasses.replace(self, values=self.values.astype(dtype))
+
+    def take(self, index: jax.Array) -> jax.Array:
+        """Tokens `index[B, count]`, clipped to those there are: `[B, K, count, H]`, whole on every device of `seq`."""
+
+        def own(values, index):
+            B, K, n, c, H = values.shape
+            count = self.mesh.shape["seq"]
+            index = jnp.clip(index, 0, n * c * count - 1)
+            here = index // (c * count) * c + index % c
+            found = jax.vmap(lambda x, i: jnp.take(x, i, axis=1))(values.reshape(B, K, n * c, H), here)
+            mine = index // c % count == jax.lax.axis_index("seq")
+            return _from_owner(found, mine[:, None, :, None])
+
+        heads = "tensor" if self.values.shape[1] > 1 else None
+        spread = P("data", heads, None, "seq")
+        return _manual(own, self.mesh, (spread, P("data")), P("data", heads))(self.values, index)
+
+
+def _from_owner(x: jax.Array, mine: jax.Array) -> jax.Array:
+    """`x` of the device of `seq` where `mine` holds, to the bit: added as integers, for -0.0 + 0.0 is 0.0."""
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(jax.lax.psum(jnp.where(mine, bits, jnp.zeros_like(bits)), "seq"), x.dtype)
 
 
 def order(blocks: int, stripes: int) -> np.ndarray:

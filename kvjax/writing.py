@@ -11,19 +11,20 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from kvjax import striped
 from kvjax.cache import KVCache, Segment
 from kvjax.codecs.base import AbstractCodec
+from kvjax.striped import SpreadTokens
 
 # Blocks encoded at a time: bounds the float32 temporaries of sealing a long prompt.
 _SEAL_GROUP = 16
 
 
 def span(
-    old: jax.Array, new: jax.Array, old_tokens: jax.Array, first_new: jax.Array, start: Any, count: int
+    old: jax.Array, new: jax.Array | SpreadTokens, old_tokens: jax.Array, first_new: jax.Array, start: Any, count: int
 ) -> jax.Array:
     """Tokens `start .. start + count` of a row's `old` tokens followed by its `new` ones.
 
     Args:
       old: `[B, K, R, H]`, of which `old_tokens[B]` are valid.
-      new: `[B, K, S, H]`, of which those from `first_new[B]` on follow.
+      new: `[B, K, S, H]`, an array or spread over a mesh, of which those from `first_new[B]` on follow.
       start: `[B]` or an integer; count: static.
 
     Returns:
@@ -31,7 +32,8 @@ def span(
     """
     index = jnp.broadcast_to(jnp.asarray(start, jnp.int32), old_tokens.shape)[:, None] + jnp.arange(count)[None, :]
     pick = jax.vmap(lambda x, i: jnp.take(x, i, axis=1, mode="clip"))
-    from_new = pick(new, index - old_tokens[:, None] + first_new[:, None])
+    at = index - old_tokens[:, None] + first_new[:, None]
+    from_new = new.take(at) if isinstance(new, SpreadTokens) else pick(new, at)
     if not old.shape[2]:
         return from_new
     return jnp.where((index < old_tokens[:, None])[:, None, :, None], pick(old, index), from_new)
@@ -78,14 +80,22 @@ def _put(codec: AbstractCodec, reopens: bool, storage: Any, layer: Any, at: jax.
     return jax.lax.fori_loop(0, rows * count, one, storage)
 
 
-def write_layer(cache: KVCache, segment: Segment, layer: Any, k: jax.Array, v: jax.Array, counts: jax.Array) -> Segment:
+def write_layer(
+    cache: KVCache,
+    segment: Segment,
+    layer: Any,
+    k: jax.Array | SpreadTokens,
+    v: jax.Array | SpreadTokens,
+    counts: jax.Array,
+) -> Segment:
     """Puts new tokens behind those of one layer: sinks, sealed blocks and what stays recent.
 
     Args:
       cache: gives length, frozen and the geometry, all from before the write.
       segment: the segment to write to, perhaps already written at other layers.
       layer: index within the segment, traced or not.
-      k, v: `[B, K, S, H]`, of which `counts[B]` count; k as the codec wants it (before or after RoPE).
+      k, v: `[B, K, S, H]`, arrays or spread over a mesh, of which `counts[B]` count; k as the codec wants it (before or
+        after RoPE).
     """
     length = cache.length
     batch, _, new_tokens, _ = k.shape

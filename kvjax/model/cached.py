@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kvjax import attention, sharding, writing
 from kvjax.cache import KVCache, Segment
+from kvjax.model import spread
 from kvjax.reads import FIELDS
 
 
@@ -22,9 +23,12 @@ def forward_chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Arr
     once, so no loop carries the cache.
     """
     module = model.module()
+    shared = tokens.shape[1] > 1 and tokens.shape[1] % cache.stripes == 0
 
     def body(x, absolute, pick):
         def attend(segment, layer, q, k, v):
+            if shared:
+                k, v = (spread.whole(cache, y, heads=2) for y in (k, v))
             qs, new = attention.layer_inputs(cache, segment, q, k, v, counts)
             out, reads = attention.attend_layer(cache, segment, layer, qs, new, "cached")
             if counting and reads is None:
@@ -35,7 +39,8 @@ def forward_chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Arr
         return module.finish(absolute, x, out.astype(x.dtype)), new
 
     counting = any(segment.reads is not None for segment in cache.segments)
-    x, (k, v, reads) = _scan_layers(cache.segments, body, module.embed(tokens))
+    x = module.embed(tokens)
+    x, (k, v, reads) = _scan_layers(cache.segments, body, spread.split(cache, x, axis=1) if shared else x)
     if counting:
         cache = dataclasses.replace(cache, segments=tuple(_counted(segment, reads) for segment in cache.segments))
     return x, sharding.constrain(writing.write(cache, k, v, counts))
@@ -110,7 +115,7 @@ def score(model, cache, tokens):
 def prefill_cached(model, cache, tokens, counts):
     """A chunk of tokens at a time through all layers."""
     batch, width = tokens.shape
-    size = min(cache.block, width)
+    size = spread.chunk_tokens(cache, width, cache.block, at_most=4096)
     tokens = jnp.pad(tokens, ((0, 0), (0, -width % size)))
 
     def body(chunk, carry):
@@ -130,11 +135,13 @@ def prefill_cached(model, cache, tokens, counts):
 def prefill_exact(model, cache, tokens, counts):
     """Layer by layer over the whole call, with everything but hidden states and one layer's K/V in chunks."""
     module = model.module()
-    size = min(attention.QUERY_CHUNK, tokens.shape[1])
+    size = spread.chunk_tokens(cache, tokens.shape[1], attention.QUERY_CHUNK)
     chunks = (counts.max() + size - 1) // size
-    x = module.embed(tokens)
+    x = module.embed(tokens) if cache.stripes == 1 else spread.embed(module, cache, tokens, size)
 
     def attend(x, segment, layer, absolute):
+        if cache.stripes > 1:
+            return spread.exact_layer(module, cache, segment, layer, absolute, x, counts)
         return _exact_layer(module, cache, segment, layer, absolute, x, counts, size, chunks)
 
     def write(segment, layer, new):
@@ -154,8 +161,8 @@ def prefill_exact(model, cache, tokens, counts):
     else:
         x, segments = _alternate(cache.segments, attend, write, x)
     cache = writing.advance_lengths(dataclasses.replace(cache, segments=tuple(segments)), counts)
-    cache = sharding.constrain(cache)
-    return module.logits(_rows(x, counts - 1)), cache
+    last = _rows(x, counts - 1) if cache.stripes == 1 else spread.last_rows(cache, x, counts)
+    return module.logits(last), sharding.constrain(cache)
 
 
 def _alternate(segments: tuple[Segment, ...], attend: Any, write: Any, x: jax.Array) -> tuple[jax.Array, list[Segment]]:
