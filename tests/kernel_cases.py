@@ -1,5 +1,6 @@
 """Decode attention in float64, written from the formats' docstrings alone, and the cases all kernels are tested on."""
 
+import dataclasses
 import functools
 
 import jax
@@ -68,7 +69,7 @@ def planes(x: formats.Planes, layer: int) -> np.ndarray:
     return np.where(level > 0, half(bits.astype(np.uint16)), 0.0)
 
 
-def attend(q, k, v, layer, first, last, position=None, theta=10000.0):
+def attend(q, k, v, layer, first, last, position=None, theta=10000.0, stride=1):
     """Output `[B, K, G, H]` and log of the sum of exp(score) `[B, K, G]`; zeros and -inf where nothing is seen."""
     q = np.asarray(q, np.float64)
     keys, values = (np.moveaxis(dequantize(x, layer), 2, 1) for x in (k, v))
@@ -77,7 +78,8 @@ def attend(q, k, v, layer, first, last, position=None, theta=10000.0):
     token = np.arange(N * T)
     if position is not None:
         inv_freq = np.asarray(theta ** (-np.arange(0, H, 2) / H), np.float32).astype(np.float64)
-        keys = rotate(keys, token[:, None] * inv_freq)
+        place = token + token // T * T * (stride - 1)  # other devices hold the blocks between
+        keys = rotate(keys, place[:, None] * inv_freq)
         q = rotate(q, (np.asarray(position)[:, None] * inv_freq)[:, None, None])
     scores = np.einsum("bkgh,bkth->bkgt", q, keys)
     seen = ((token >= np.asarray(first)[:, None]) & (token < np.asarray(last)[:, None]))[:, None, None]
@@ -101,7 +103,7 @@ def low_precision(arguments, dtype) -> formats.Partial:
     keys, values = (x.reshape(B, K, N * T, H) for x in (keys, values))
     token = jnp.arange(N * T, dtype=jnp.int32)
     if rotation is not None:
-        keys = reference.rotate(keys, *(x[None, None] for x in rotation.angles(token)))
+        keys = reference.rotate(keys, *(x[None, None] for x in rotation.angles(rotation.place(token, T))))
         q = reference.rotate(q, *(x[:, None, None] for x in rotation.angles(rotation.position)))
     scores = jnp.einsum("bkgh,bkth->bkgt", rounded(q), rounded(keys), precision="highest")
     first, last = (arguments[x][:, None, None, None] for x in ("first", "last"))
@@ -121,8 +123,11 @@ def rotate(x, angle):
 
 
 @functools.cache
-def case(storage: str, shape: str, lengths: str, first: int = 0):
-    """A named case: arguments of `decode_attention` (numpy leaves, the last layer) and the float64 answer."""
+def case(storage: str, shape: str, lengths: str, first: int = 0, stride: int = 1):
+    """A named case: arguments of `decode_attention` (numpy leaves, the last layer) and the float64 answer.
+
+    `stride` is that of `Rotation`: the blocks are every stride-th of a context.
+    """
     kinds, size = (specs.STORAGES | specs.PLANES)[storage], specs.SHAPES[shape]
     rng = np.random.default_rng(_seed(storage, shape))
     k, v = specs.make(kinds.keys, size, rng), specs.make(kinds.values, size, rng)
@@ -130,9 +135,9 @@ def case(storage: str, shape: str, lengths: str, first: int = 0):
     full = size.blocks * size.tokens
     last = np.asarray([full if n is None else n for n in specs.LENGTHS[lengths]], np.int32)
     first = np.full(2, first, np.int32)
-    position = last + 37
-    rotation = specs.rotation(size, position) if kinds.pre_rope else None
-    expected = attend(q, k, v, layer, first, last, position if kinds.pre_rope else None)
+    position = stride * last + 37
+    rotation = dataclasses.replace(specs.rotation(size, position), stride=stride) if kinds.pre_rope else None
+    expected = attend(q, k, v, layer, first, last, position if kinds.pre_rope else None, stride=stride)
     rows = {"first": jnp.asarray(first), "last": jnp.asarray(last)}
     k, v = (jax.tree.map(jnp.asarray, x) for x in (k, v))
     arguments = {"q": jnp.asarray(q), "k": k, "v": v, "layer": jnp.int32(layer), "rotation": rotation, **rows}

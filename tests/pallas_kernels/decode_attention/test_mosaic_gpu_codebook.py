@@ -73,8 +73,9 @@ def test_error_is_about_twice_the_plain_one():
     assert (np.sqrt((ours**2).mean(0) / (theirs**2).mean(0)) <= np.asarray([2.0, 2.25])).all()
 
 
-def test_first_tokens_are_hidden():
-    arguments, expected = kernel_cases.case("kvquant4-dense", "mqa16-h64", "T+1,full", 100)
+@pytest.mark.parametrize("stride", [1, 3])
+def test_first_tokens_are_hidden(stride):
+    arguments, expected = kernel_cases.case("kvquant4-dense", "mqa16-h64", "T+1,full", 100, stride)
     got = mosaic_gpu.decode_attention(**arguments, chip="sm_90", interpret=plgpu.InterpretGPUParams(), splits=1)
     assert max(kernel_cases.errors(got, expected)) < 1e-2
 

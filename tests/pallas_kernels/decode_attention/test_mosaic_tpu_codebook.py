@@ -1,5 +1,6 @@
 """Codebook storage in the TPU kernel, in the interpreters."""
 
+import dataclasses
 import functools
 
 import jax
@@ -29,8 +30,8 @@ def small_graphs(monkeypatch):
     monkeypatch.setattr(tpu_plan, "UNROLLED_TOKENS", 128)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "chip", "interpret"))
-def attend(q, k, v, layer, first, last, position, *, shape, chip, interpret):
+@functools.partial(jax.jit, static_argnames=("shape", "chip", "interpret", "stride"))
+def attend(q, k, v, layer, first, last, position, *, shape, chip, interpret, stride):
     return api.decode_attention(
         q,
         k,
@@ -38,7 +39,7 @@ def attend(q, k, v, layer, first, last, position, *, shape, chip, interpret):
         layer=layer,
         first=first,
         last=last,
-        rotation=specs.rotation(specs.SHAPES[shape], position),
+        rotation=dataclasses.replace(specs.rotation(specs.SHAPES[shape], position), stride=stride),
         implementation="mosaic_tpu",
         chip=chip,
         interpret=interpret,
@@ -47,7 +48,8 @@ def attend(q, k, v, layer, first, last, position, *, shape, chip, interpret):
 
 def run(arguments, shape, chip, interpret=True):
     operands = (arguments[x] for x in ("q", "k", "v", "layer", "first", "last"))
-    return attend(*operands, arguments["rotation"].position, shape=shape, chip=chip, interpret=interpret)
+    rotation = arguments["rotation"]
+    return attend(*operands, rotation.position, shape=shape, chip=chip, interpret=interpret, stride=rotation.stride)
 
 
 def assert_close(cases, shape, **kwargs):
@@ -63,6 +65,11 @@ def test_storage(storage, shape, chip):
     cases = [kernel_cases.case(storage, shape, lengths) for lengths in specs.LENGTHS]
     cases += [kernel_cases.case(storage, shape, lengths, 100) for lengths in ("T+1,full", "full,0")]
     assert_close(cases, shape, chip=chip)
+
+
+@pytest.mark.parametrize(("storage", "shape", "chip"), [CASES[1], CASES[4]])
+def test_every_third_block_of_a_context(storage, shape, chip):
+    assert_close([kernel_cases.case(storage, shape, "T+1,full", 100, stride=3)], shape, chip=chip)
 
 
 def test_on_a_simulated_tpu_with_race_detection():

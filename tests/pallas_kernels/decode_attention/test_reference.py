@@ -24,6 +24,11 @@ def test_reference_sees_only_its_tokens(lengths, first):
     assert error < 2e-5 and log_error < 2e-5
 
 
+def test_reference_of_every_third_block():
+    arguments, expected = kernel_cases.case("kvquant3", "gqa4-h128", "T+1,full", 100, stride=3)
+    assert max(kernel_cases.errors(api.decode_attention(**arguments), expected)) < 1e-4
+
+
 def test_two_tokens_by_hand():
     # Scores 0 and ln 3: weights 1/4 and 3/4 of values 4 and 8, so 7; unnormalised by the larger: (4/3 + 8), 4/3.
     x = np.zeros((1, 1, 1, 1, 32, 2), np.float32)

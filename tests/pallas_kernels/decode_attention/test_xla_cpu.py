@@ -13,8 +13,8 @@ from pallas_kernels.decode_attention import api, specs, xla_cpu
 attend = functools.partial(api.decode_attention, implementation="xla_cpu")
 
 
-def _check(storage, shape, lengths, first=0, step=None):
-    arguments, expected = kernel_cases.case(storage, shape, lengths, first)
+def _check(storage, shape, lengths, first=0, step=None, stride=1):
+    arguments, expected = kernel_cases.case(storage, shape, lengths, first, stride)
     rest = {name: x for name, x in arguments.items() if name != "rotation"}
     partial = (step or jax.jit(functools.partial(attend, rotation=arguments["rotation"])))(**rest)
     error, log_error = kernel_cases.errors(partial, expected)
@@ -49,6 +49,7 @@ def test_rotated_keys_in_chunks_that_overlap(monkeypatch):
     size = specs.SHAPES["gqa3-h96"]
     monkeypatch.setattr(xla_cpu, "CHUNK_ELEMENTS", 2 * size.batch * size.heads * size.tokens * size.channels)
     _check("kvquant4", "gqa3-h96", "T+1,full", 100)
+    _check("kvquant4", "gqa3-h96", "T+1,full", 100, stride=3)
 
 
 @pytest.mark.parametrize("storage", ["bf16", "kivi4", "kvquant3"])
