@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import rotate
 
 import kvjax
 from kvjax import attention, decode, fused
@@ -146,3 +147,36 @@ def test_the_reference_can_be_asked_for(model):
     assert "reference (chunked jnp), asked for" in decode.explain(cache)
     with pytest.raises(ValueError, match="`target='tpv'` names no platform"):
         decode.init_cache(model, kvjax.policy("kivi2", model), batch=1, capacity=200, target="tpv")
+
+
+@pytest.mark.parametrize("path", ["xla_cpu", "reference"])
+def test_a_query_ten_million_tokens_after_its_keys(model, path, monkeypatch):
+    """Keys before RoPE against attention in float64: float32 angles would be off by up to 0.8 rad."""
+    monkeypatch.setitem(fused.FAST, (NUQBlock, "cpu"), "xla_cpu")
+    cache = filled(model, "kvquant3")
+    cache = dataclasses.replace(
+        cache, target="cpu" if path == "xla_cpu" else path, length=jnp.full(3, cache.capacity, jnp.int32)
+    )
+    shape, segment, start = cache.shape, cache.segments[0], np.asarray([10**7 - 1, 10**7 + 1, 9_999_001], np.int32)
+    assert (fused.kernel(cache, segment) is not None) == (path == "xla_cpu")
+    q = np.random.default_rng(1).standard_normal((3, 1, shape.kv_heads, 2, shape.head_dim)).astype(np.float32)
+
+    @jax.jit
+    def run(cache):
+        qs = attention.queries(shape, jnp.asarray(q), jnp.asarray(start), jnp.asarray(start + 1))
+        return attention.finish(attention._sealed(cache, cache.segments[0], jnp.int32(0), qs))[:, :, :, 0]
+
+    expected = attend64(segment, q[:, 0] / np.sqrt(shape.head_dim), start[:, None] - cache.sinks)
+    np.testing.assert_allclose(run(cache), expected, rtol=0, atol=2e-4)
+
+
+def attend64(segment, q, position, theta=10000.0):
+    """Attention of q `[B, K, G, H]` over all blocks of layer 0 in float64; position `[B, 1]` from their first token."""
+    k, v = (np.asarray(dequantize(fmt, jnp.int32(0)), np.float64).swapaxes(1, 2) for fmt in fused.formats(segment))
+    k, v = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (k, v))
+    half = q.shape[-1] // 2
+    angle = (position - np.arange(k.shape[2]))[:, None, None, :, None] * theta ** -(np.arange(half) / half)
+    turned = rotate(q[..., None, :].astype(np.float64), angle)
+    scores = np.einsum("bkgth,bkth->bkgt", turned, k)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bkgt,bkth->bkgh", p / p.sum(-1, keepdims=True), v)

@@ -1,5 +1,8 @@
 """Rotary embedding: the rotation itself, and frequencies as transformers computes them."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -78,13 +81,91 @@ def test_dynamic_frequencies_follow_each_rows_length():
         cos_sin(rope, positions)
 
 
-def test_long_positions_stay_accurate():
-    """The float32 product is the only rounding: cos and sin of large angles are exact to a float32 unit."""
-    rope = make_rope(128, 2**24, rope_theta=500000.0)
-    positions = np.asarray([1_000_003, 10_000_019])
-    cos, _ = cos_sin(rope, jnp.asarray(positions))
-    angles = (positions[:, None].astype(np.float32) * rope.inv_freq).astype(np.float64)
-    np.testing.assert_allclose(cos, np.cos(angles), atol=2e-7)
+def frequencies64(kind, head_dim, theta, factor=1.0, low=1.0, high=4.0, original=8192):
+    """The papers' equations in float64, a channel pair at a time, with default betas of YaRN."""
+    for i in range(head_dim // 2):
+        f = theta ** (-2 * i / head_dim)
+        if kind == "linear":
+            f /= factor
+        elif kind == "llama3":
+            turned = original * f / (2 * math.pi)
+            kept = min(max((turned - low) / (high - low), 0.0), 1.0)
+            f = (1 - kept) * f / factor + kept * f
+        elif kind == "yarn":
+            first, last = (
+                head_dim * math.log(original / (beta * 2 * math.pi)) / (2 * math.log(theta)) for beta in (32, 1)
+            )
+            ramp = min(max((i - math.floor(first)) / (math.ceil(last) - math.floor(first)), 0.0), 1.0)
+            f = f / factor * ramp + f * (1 - ramp)
+        yield f
+
+
+EXACT = {
+    "llama": ({}, 128, 1e4),
+    "llama-h96": ({}, 96, 5e5),
+    "linear": ({"rope_type": "linear", "factor": 3.0}, 64, 1e4),
+    "yarn": ({**YARN, "factor": 40.0, "original_max_position_embeddings": 8192}, 128, 1e4),
+    "llama3": ({**LLAMA3, "original_max_position_embeddings": 8192}, 128, 5e5),
+}
+POSITIONS = np.asarray([0, 1, 131071, 2**24 + 1, 10**7, 10**7 - 1, 10**7 - 12345, 1 - 10**7, -1], np.int32)
+
+
+def angle_error(got, expected):
+    """The largest difference of angles modulo 2 pi."""
+    difference = np.asarray(got, np.longdouble) - expected
+    return float(np.abs(difference - 2 * np.pi * np.rint(difference / (2 * np.pi))).max())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_angles_are_exact_at_ten_million_tokens(name):
+    parameters, head_dim, theta = EXACT[name]
+    rope = make_rope(head_dim, 8192, rope_theta=theta, **parameters)
+    facts = {"factor": 1.0, "rope_type": "default"} | parameters
+    exact = np.asarray([*frequencies64(facts["rope_type"], head_dim, theta, facts["factor"])])
+    np.testing.assert_allclose(rope.inv_freq, exact, rtol=1e-7)
+    cos, sin = (np.asarray(x) / rope.attention_factor for x in cos_sin(rope, POSITIONS))
+    expected = POSITIONS[:, None].astype(np.float64) * exact
+    assert angle_error(np.arctan2(sin, cos), expected) < 5e-7
+    np.testing.assert_allclose(np.hypot(cos, sin), 1.0, atol=3e-7)
+
+
+def test_how_far_float32_is_off():
+    """The figures of the module's docstring: why neither float32 products nor float32 frequencies will do."""
+    exact = np.asarray([*frequencies64("default", 128, 1e4)])
+    rounded = exact.astype(np.float32)
+    position = np.arange(10**7 - 20000, 10**7, 7, dtype=np.int64)[:, None]
+    formula = position * exact
+    assert 0.6 < angle_error(position.astype(np.float32) * rounded, formula) < 0.8
+    assert 0.25 < angle_error(position * rounded.astype(np.float64), formula) < 0.3
+    trained = np.arange(131072)[:, None]
+    assert angle_error(trained * rounded.astype(np.float64), trained * exact) < 4e-3
+    assert angle_error(trained.astype(np.float32) * rounded, trained * exact) < 8e-3
+
+
+def test_rotation_relative_to_a_tile_is_the_absolute_one():
+    """(R(p - base) q) . (R(t) k) = (R(p) q) . (R(base + t) k) with p and base near 10^7, and both are right."""
+    rng = np.random.default_rng(0)
+    rope, tile, base, p = make_rope(128, 8192), np.arange(256), 10**7 - 40000 + 1, 10**7 + 3
+    q, k = rng.standard_normal((1, 128)).astype(np.float32), rng.standard_normal((256, 128)).astype(np.float32)
+
+    def scores(of_query, of_keys):
+        turned = rotate(jnp.asarray(q), *cos_sin(rope, jnp.asarray([of_query])))
+        return rotate(jnp.asarray(k), *cos_sin(rope, jnp.asarray(of_keys))) @ turned[0]
+
+    angle = (p - base - tile)[:, None] * np.asarray([*frequencies64("default", 128, 1e4)])
+    a, b = np.split(q[0].astype(np.float64), 2)
+    turned = np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+    expected = (turned * k).sum(-1)
+    np.testing.assert_allclose(scores(p - base, tile), expected, rtol=0, atol=3e-5)
+    np.testing.assert_allclose(scores(p, base + tile), expected, rtol=0, atol=3e-5)
+
+
+def test_leaves_of_a_rope_are_integers_and_positions_must_be():
+    rope = make_rope(64, 2048)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(rope)] == 2 * [((32,), np.int32)]
+    assert jax.eval_shape(lambda rope: cos_sin(rope, jnp.zeros((3, 5), jnp.int32)), rope)[0].shape == (3, 5, 32)
+    with pytest.raises(ValueError, match="`positions` is float32"):
+        cos_sin(rope, jnp.zeros(3))
 
 
 @pytest.mark.parametrize(
