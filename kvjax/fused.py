@@ -20,6 +20,7 @@ from kvjax.codecs.rotated import RotatedCodec
 from kvjax.model.rope import cos_sin
 from kvjax.striped import Stripe
 from kvjax.targets import split
+from pallas_kernels import packing
 from pallas_kernels.decode_attention import api
 from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, Partial, Rotation
 
@@ -66,10 +67,11 @@ def _codebook(codec: NUQChannelCodec | NUQTokenCodec, block: NUQBlock, params: A
 
 
 def block_tokens(policy: Any, target: str) -> int:
-    """Tokens per block: 128; 256 on TPU with 3-bit codes, whose 12 rows of words of 128 tokens fill no tile of 8."""
+    """Tokens per block that suit the target."""
+    if split(target)[0] != "tpu":
+        return 128
     codecs = [getattr(c, "inner", c) for part in policy.segments for c in (part.k_codec, part.v_codec)]
-    three = any(getattr(codec, "bits", None) == 3 for codec in codecs)
-    return 256 if three and split(target)[0] == "tpu" else 128
+    return packing.tpu_block_tokens(getattr(codec, "bits", None) for codec in codecs)
 
 
 def formats(segment: Segment) -> tuple[Format, Format]:

@@ -11,6 +11,8 @@ along the leading axis: no shuffle on any backend (kernels-guide: "token planes"
 this is plain little-endian packing, as in the released KVQuant code.
 """
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 
@@ -92,3 +94,8 @@ def _shift(x: jax.Array, left: int) -> jax.Array:
 def _column(values: range, ndim: int) -> jax.Array:
     """`values` along axis -3."""
     return jnp.asarray(list(values), jnp.uint32).reshape((1,) * (ndim - 3) + (-1, 1, 1))
+
+
+def tpu_block_tokens(bits: Iterable[int | None]) -> int:
+    """Tokens per block that suit a TPU: 128; 256 with 3-bit codes: the 12 rows of words of 128 tokens fill no tile."""
+    return 256 if 3 in bits else 128

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax import attention, sharding, writing
+from kvjax import attention, sharding, striped, writing
 from kvjax.cache import KVCache, Segment
 from kvjax.model import spread
 from kvjax.reads import FIELDS
@@ -39,7 +39,7 @@ def forward_chunk(model: Any, cache: KVCache, tokens: jax.Array, counts: jax.Arr
         return module.finish(absolute, x, out.astype(x.dtype)), new
 
     counting = any(segment.reads is not None for segment in cache.segments)
-    x = module.embed(tokens)
+    x = striped.embed(module, cache.mesh, tokens, seq_axis=1 if shared else None)
     x, (k, v, reads) = _scan_layers(cache.segments, body, spread.split(cache, x, axis=1) if shared else x)
     if counting:
         cache = dataclasses.replace(cache, segments=tuple(_counted(segment, reads) for segment in cache.segments))
@@ -126,7 +126,7 @@ def prefill_cached(model, cache, tokens, counts):
         return cache, jnp.where((here > 0)[:, None], at_end, last)
 
     module = model.module()
-    last = jnp.zeros((batch, model.config.width), module.embed(tokens[:, :1]).dtype)
+    last = jnp.zeros((batch, model.config.width), model.dtype)
     cache, last = jax.lax.fori_loop(0, (counts.max() + size - 1) // size, body, (cache, last))
     return module.logits(last), cache
 
@@ -137,7 +137,7 @@ def prefill_exact(model, cache, tokens, counts):
     module = model.module()
     size = spread.chunk_tokens(cache, tokens.shape[1], attention.QUERY_CHUNK)
     chunks = (counts.max() + size - 1) // size
-    x = module.embed(tokens) if cache.stripes == 1 else spread.embed(module, cache, tokens, size)
+    x = spread.embed(module, cache, tokens, size) if cache.stripes > 1 else striped.embed(module, cache.mesh, tokens)
 
     def attend(x, segment, layer, absolute):
         if cache.stripes > 1:

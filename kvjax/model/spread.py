@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kvjax import attention
+from kvjax import attention, striped
 from kvjax.attention import NewTokens, Partial
 from kvjax.cache import KVCache, Segment
 from kvjax.striped import SpreadTokens
@@ -102,7 +102,8 @@ def _tokens(cache: KVCache, x: jax.Array) -> jax.Array:
 def embed(module: Any, cache: KVCache, tokens: jax.Array, chunk: int) -> jax.Array:
     """Hidden states `[B, n, C, D]` of `tokens[B, S]`, padded to whole chunks."""
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)))
-    return split(cache, module.embed(tokens.reshape(tokens.shape[0], -1, chunk)), axis=2)
+    x = striped.embed(module, cache.mesh, tokens.reshape(tokens.shape[0], -1, chunk), seq_axis=2)
+    return split(cache, x, axis=2)
 
 
 def last_rows(cache: KVCache, x: jax.Array, counts: jax.Array) -> jax.Array:

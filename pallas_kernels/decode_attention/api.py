@@ -66,8 +66,9 @@ def check(k: Format, v: Format, group: int, implementation: Implementation, chip
         )
     if implementation == "reference":
         return
-    if isinstance(k, Planes) != (implementation == "tpu_planes"):
-        raise NotImplementedError(f"{implementation} does not read {describe(k)}")
+    for fmt in (k, v):
+        if isinstance(fmt, Planes) != (implementation == "tpu_planes"):
+            raise NotImplementedError(f"{implementation} does not read {describe(fmt)}")
     _module(implementation).check(k, v, group, chip, rotates)
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import importlib
 import math
-import re
 from typing import Any
 
 import jax
@@ -77,11 +76,9 @@ def implementation(chip: str) -> api.Implementation:
 
 
 def problem(storage: str, tokens: int, shape: specs.Shape = LLAMA_3_8B) -> tuple[Format, Format, specs.Shape]:
-    """Abstract keys and values of a named storage over so many tokens; 3-bit codes come in blocks of 256 at least."""
+    """Abstract keys and values of a named storage over so many tokens, in blocks that suit a TPU."""
     kinds = specs.STORAGES[storage]
-    if any(re.search(r"[a-z]3(-|$)", kind) for kind in (kinds.keys, kinds.values)):
-        # 12 rows of words per block of 128 are no whole tiles of a TPU's memory.
-        shape = dataclasses.replace(shape, tokens=max(shape.tokens, 256))
+    shape = specs.in_tpu_blocks(kinds, shape)
     shape = dataclasses.replace(shape, blocks=tokens // shape.tokens)
     return specs.abstract(kinds.keys, shape), specs.abstract(kinds.values, shape), shape
 

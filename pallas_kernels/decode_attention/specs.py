@@ -167,3 +167,9 @@ def rotation(shape: Shape, position: Any, theta: float = 10000.0) -> Rotation:
         return jnp.cos(angle), jnp.sin(angle)
 
     return Rotation(jnp.asarray(position, jnp.int32), angles)
+
+
+def in_tpu_blocks(storage: Storage, shape: Shape) -> Shape:
+    """The shape with as many tokens per block as a cache for TPU has of this storage, at least."""
+    bits = (getattr(abstract(kind, shape), "bits", None) for kind in (storage.keys, storage.values))
+    return dataclasses.replace(shape, tokens=max(shape.tokens, packing.tpu_block_tokens(bits)))

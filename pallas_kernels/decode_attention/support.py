@@ -1,7 +1,5 @@
 """What runs fused where: every shipped storage on every backend and generation, asked of the kernels themselves."""
 
-import dataclasses
-
 from pallas_kernels.decode_attention import api, specs
 
 # Column of the matrix -> implementation and chip.
@@ -22,8 +20,8 @@ def why_not(storage: str, column: str, shape: specs.Shape = SHAPE) -> str | None
     """The reason why a storage of `specs.STORAGES` is not fused in a column; None where it is."""
     kinds = specs.STORAGES[storage]
     implementation, chip = CHIPS[column]
-    if "3" in storage and implementation == "mosaic_tpu":
-        shape = dataclasses.replace(shape, tokens=256)  # as caches for TPU have it (kvjax.fused.block_tokens)
+    if implementation == "mosaic_tpu":
+        shape = specs.in_tpu_blocks(kinds, shape)
     k, v = (specs.abstract(kind, shape) for kind in (kinds.keys, kinds.values))
     try:
         api.check(k, v, shape.group, implementation, chip, kinds.pre_rope)
