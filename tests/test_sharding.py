@@ -141,3 +141,58 @@ def test_a_step_moves_nothing_but_sums(name, shape, reduces):
     )  # updated in place
     larger, _ = compiled_step(name, mesh, 80000)
     assert larger.memory_analysis().temp_size_in_bytes <= memory.temp_size_in_bytes * 1.01
+
+
+# Rows, and what is refused
+
+
+@pytest.mark.parametrize("spec", ["seq=4,tensor=2", "data=2,seq=2"])
+def test_crop_and_fork_give_what_one_device_gives(spec):
+    def cropped(mesh):
+        _, cache = fed("kvquant3", mesh)
+        cache = decode.crop(cache, np.array([150, 70]))  # opens a block of each row again
+        return decode.fork(cache, [1, 0])
+
+    plain, cache = cropped(None), cropped(sharding.make_mesh(spec))
+    assert cache.length.tolist() == plain.length.tolist() == [70, 150]
+    assert cache.frozen.tolist() == plain.frozen.tolist()
+    for row in range(2):
+        for a, b in zip(sealed_blocks(cache, row), sealed_blocks(plain, row), strict=True):
+            np.testing.assert_array_equal(a, b)
+        held = int(plain.length[row] - plain.recent_start(plain.length)[row])
+        for a, b in zip(cache.segments, plain.segments):
+            np.testing.assert_array_equal(a.k_recent[:, row, :, :held], b.k_recent[:, row, :, :held])
+
+
+def test_stripes_hold_every_block_once():
+    for blocks, stripes in ((12, 4), (6, 1), (8, 8)):
+        where = striped.order(blocks, stripes)
+        assert sorted(where) == list(range(blocks))
+        for index in range(stripes):
+            stripe = striped.Stripe(index, stripes)
+            for used in range(blocks + 1):
+                own = [n for n in range(used) if n % stripes == index]
+                assert int(stripe.among(jnp.int32(used))) == len(own)
+                assert [stripe.number(i) for i in range(len(own))] == own
+                assert [where[n] for n in own] == [index * blocks // stripes + i for i in range(len(own))]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: sharding.make_mesh("seq=9"), "`mesh=seq=9` needs 9 devices, but there are 8"),
+        (lambda: sharding.make_mesh("sequence=2"), "'sequence=2' must be data=N, seq=N or tensor=N"),
+        (lambda: sharding.make_mesh("seq=0"), "'seq=0' must be data=N"),
+        (lambda: on("tensor=3"), "tensor=3 must divide the 8 of kv heads"),
+        (lambda: on("data=4"), "data=4 must divide the 2 of batch"),
+        (lambda: on("seq=2", "alignedkv"), "use seq=1"),
+    ],
+)
+def test_refusals_name_what_came_and_the_way_out(make, words):
+    with pytest.raises((ValueError, NotImplementedError), match=words):
+        make()
+
+
+def on(spec, name="int4"):
+    shape = decode.CacheShape(2, 16, K, H, make_rope(H, 512))
+    return new_cache(shape, name, sharding.make_mesh(spec))
