@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from kvjax import decode
 from kvjax.cache import CacheShape
 from kvjax.codecs.base import AbstractCodec
+from kvjax.model.config import ModelConfig
+from kvjax.model.known import KNOWN
+from kvjax.model.llama import LoadedModel, weight_shapes
 from kvjax.model.rope import make_rope
 from kvjax.policy import Preset, bind
 
 # Layers, kv heads, head size: all that a cache's bytes depend on.
-SHAPES = {"llama-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "llama-3-70b": (80, 8, 128)}
+SHAPES = {name: (config.layers, config.kv_heads, config.head_dim) for name, config in KNOWN.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,12 @@ def abstract_cache(
         return decode.init_cache(shape, policy, **{"batch": 1, "capacity": tokens, "dtype": dtype, **init})
 
     return jax.eval_shape(make, [[abstract_params(codec, shape) for codec in side] for side in sides])
+
+
+def abstract_model(config: ModelConfig, tokens: int, dtype: Any) -> LoadedModel:
+    """A model of ShapeDtypeStructs, its RoPE that of a context of `tokens`."""
+    weights = {n: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for n, shape in weight_shapes(config).items()}
+    return LoadedModel(weights, make_rope(config.head_dim, tokens), config)
 
 
 def abstract_params(codec: AbstractCodec, shape: CacheShape) -> dict[str, jax.ShapeDtypeStruct] | None:

@@ -45,7 +45,7 @@ def load(source, dtype=None, place: Place | None = None) -> LoadedModel:
     Raises:
       ValueError, FileNotFoundError: one line naming the file and tensor, or the setting without support.
     """
-    directory = _find(source)
+    directory = find(source)
     raw = read_config(directory)
     try:
         fields = complete(raw)
@@ -201,8 +201,8 @@ def _checkpoint_shape(spec: WeightSpec, shape: tuple[int, ...]) -> tuple[int, ..
     return (rows, int(np.prod(shape[spec.outputs :]))) if len(shape) > spec.outputs else (rows,)
 
 
-def _find(source) -> Path:
-    """The directory of a model's files; downloads them for a hub id."""
+def find(source, weights: bool = True) -> Path:
+    """The directory of a model's files; downloads them for a hub id, the tensors only where `weights` are wanted."""
     if source == "tiny":
         if not (ASSETS / "tiny" / "config.json").is_file():
             raise FileNotFoundError(f"`source='tiny'`: {ASSETS / 'tiny'} is not installed; reinstall kvjax.")
@@ -217,17 +217,17 @@ def _find(source) -> Path:
             f"`source={str(source)!r}` is no directory; pass one in Hugging Face layout, a hub id "
             f"(organisation/name) or 'tiny'."
         )
-    return _download(source)
+    return _download(source, weights)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # imported here: it is slow, and most loads are local
 
     try:
         return Path(
             snapshot_download(
                 hub_id,
-                allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.model"],
+                allow_patterns=["*.safetensors"] * weights + ["*.json", "tokenizer*", "*.model"],
                 ignore_patterns=[
                     "consolidated*",
                     "original/*",

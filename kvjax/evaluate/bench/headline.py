@@ -16,28 +16,20 @@ import numpy as np
 from kvjax import decode
 from kvjax.codecs.base import AbstractCodec
 from kvjax.evaluate.bench import contents, device, timing
-from kvjax.evaluate.memory import abstract_cache
+from kvjax.evaluate.memory import abstract_cache, abstract_model
 from kvjax.model import cached
 from kvjax.model.config import ModelConfig
+from kvjax.model.known import KNOWN
 from kvjax.model.llama import LoadedModel, weight_shapes
 from kvjax.model.rope import make_rope
 from kvjax.policy import preset
 
 MODELS = {
-    "llama-7b": ModelConfig(layers=32, width=4096, mlp_width=11008, q_heads=32, kv_heads=32, head_dim=128, vocab=32000),
-    "llama-3-8b": ModelConfig(
-        layers=32, width=4096, mlp_width=14336, q_heads=32, kv_heads=8, head_dim=128, vocab=128256
-    ),
+    **{name: KNOWN[name] for name in ("llama-7b", "llama-3-8b")},
     "small": ModelConfig(layers=2, width=128, mlp_width=256, q_heads=4, kv_heads=2, head_dim=64, vocab=256),
 }
 _WARM_UP = 3
 _ENOUGH_S = 60.0
-
-
-def abstract_model(config: ModelConfig, tokens: int, dtype: Any) -> LoadedModel:
-    """A model of ShapeDtypeStructs."""
-    weights = {n: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for n, shape in weight_shapes(config).items()}
-    return LoadedModel(weights, make_rope(config.head_dim, tokens), config)
 
 
 def random_model(config: ModelConfig, tokens: int, dtype: Any) -> LoadedModel:
