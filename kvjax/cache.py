@@ -11,6 +11,7 @@ Keys and values have windows of their own (`kvjax.attention` says who sees what)
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -196,7 +197,7 @@ def _allocate(
     def storage(codec: AbstractCodec, params: Any, layers: int) -> Any:
         x = jax.ShapeDtypeStruct((heads, block, head_dim), jnp.float32)
         one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), params)
-        spec = jax.eval_shape(codec.encode, x, one)
+        spec = _block_spec(codec, x, *_hashable(one))
         return jax.tree.map(lambda leaf: jnp.zeros((layers, batch, blocks, *leaf.shape), leaf.dtype), spec)
 
     def counters(part: Any) -> jax.Array | None:
@@ -258,6 +259,17 @@ def _even(blocks: int, stripes: int, target: str) -> int:
     if split(target)[0] == "tpu" and own >= _MANY_BLOCKS:
         own += -own % _TILE_BLOCKS
     return own * stripes
+
+
+def _hashable(tree: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple(leaves)
+
+
+@functools.lru_cache(maxsize=512)
+def _block_spec(codec: AbstractCodec, x: jax.ShapeDtypeStruct, structure: Any, params: tuple[Any, ...]) -> Any:
+    """Shapes of an encoded block. Kept: tracing `encode` is most of an abstract cache, and plans make hundreds."""
+    return jax.eval_shape(codec.encode, x, jax.tree.unflatten(structure, params))
 
 
 def _held_back(policy: Any, block: int) -> int:
