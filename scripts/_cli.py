@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -64,6 +65,16 @@ def count(number: int, noun: str) -> str:
 def integers(value: str) -> list[int]:
     """The type of an option that takes numbers with commas between."""
     return [int(part) for part in value.split(",") if part]
+
+
+def tokens(value: str) -> int:
+    """The type of an option that takes a number of tokens: 1048576, 10M (decimal), 128k, 1Mi (binary)."""
+    units = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kKMG]i?|)", value.strip(), re.ASCII)
+    number = float(re.sub("[_,]", "", found[1])) * units[found[2] if found[2] != "K" else "k"] if found else 0
+    if number < 1 or number != int(number):
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of tokens; write 1048576, 10M, 128k or 1Mi")
+    return int(number)
 
 
 def presets(value: str) -> list[str]:
