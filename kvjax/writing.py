@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from kvjax import striped
+from kvjax import places, striped
 from kvjax.cache import KVCache, Segment
 from kvjax.codecs.base import AbstractCodec
 from kvjax.striped import SpreadTokens
@@ -44,38 +44,30 @@ def row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _put(codec: AbstractCodec, reopens: bool, storage: Any, layer: Any, at: jax.Array, block: Any, full, kept) -> Any:
+def _put(codec: AbstractCodec, cache: KVCache, storage: Any, layer: Any, at: jax.Array, block: Any, full, kept) -> Any:
     """Puts new blocks, leaves `[B, n, ...]`, at `at[B, n]` of a layer's storage where they are `full[B, n]`.
 
     Block by block, and in the cache's own layout: for a scatter, or for a block computed in another layout, XLA on TPU
     copies the whole cache to that layout and back (bf16, Llama-3-8B, 131,072 tokens: 16 GB of temporaries).
 
     Args:
-      reopens: the first `kept[B, n]` tokens of a block keep the codes that are stored there.
+      kept: where the cache reopens blocks, the first `kept[B, n]` tokens keep the codes that are stored there.
+      cache: for its settings.
     """
     rows, count = at.shape
     block = jax.tree.map(row_major, block)
 
-    def take(tree, where):
-        def of(x):
-            rest = x.shape[len(where) :]
-            return jax.lax.dynamic_slice(x, (*where, *(0 for _ in rest)), (*(1 for _ in where), *rest))
-
-        return jax.tree.map(of, tree)
-
     def one(i, storage):
         row, n = i // count, i % count
         to = jnp.minimum(at[row, n], jax.tree.leaves(storage)[0].shape[2] - 1)
-        new = take(block, (row, n))
-        old = jax.tree.map(lambda x: x[0], take(storage, (layer, row, to)))
-        if reopens:
+        new = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice(x, (row, n) + (0,) * (x.ndim - 2), (1, 1, *x.shape[2:])), block
+        )
+        old = jax.tree.map(lambda x: places.read(x, layer, row, to, cache.target), storage)
+        if cache.reopens:
             new = codec.keep(old, new, kept[row, n].reshape(1, 1))
         new = jax.tree.map(lambda a, b: jnp.where(full[row, n], a, b), new, old)
-
-        def put(x, a):
-            return jax.lax.dynamic_update_slice(x, a[None], (layer, row, to) + (0,) * (x.ndim - 3))
-
-        return jax.tree.map(put, storage, new)
+        return jax.tree.map(lambda x, a: places.write(x, a, layer, row, to, cache.target), storage, new)
 
     return jax.lax.fori_loop(0, rows * count, one, storage)
 
@@ -124,7 +116,7 @@ def write_layer(
             index = first + jnp.arange(blocks)[None, :]
             full = index < newly[:, None]
             kept = jnp.clip(cache.frozen[:, None] - index * cache.block, 0, cache.block)
-            put = functools.partial(_put, codec, cache.reopens)
+            put = functools.partial(_put, codec, cache)
             storage = striped.store(
                 put, cache, storage, layer, sealed[:, None] + index, codec.encode(tokens, params), full, kept
             )

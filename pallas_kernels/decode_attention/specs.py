@@ -72,6 +72,7 @@ SHAPES = {
     "gqa3-h96": Shape(1, 2, 3, 2, 3, 96),
     "gqa3-h128": Shape(1, 2, 3, 2, 3, 128),
     "gqa2-h256": Shape(1, 2, 3, 1, 2, 256),
+    "mqa2-h256-n96": Shape(1, 2, 96, 1, 2, 256),  # one head and whole tiles of blocks, as a device of many has them
 }
 
 

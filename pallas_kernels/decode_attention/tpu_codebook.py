@@ -88,11 +88,11 @@ class _Codebook:
         shape = (rows * self.fmt.slots, self.plan.chunk_blocks, self.plan.tokens)
         return [*words, pltpu.VMEM(shape, jnp.int32)]
 
-    def _slots(self, operands: Refs, scratch: Refs, head: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    def _slots(self, operands: Refs, scratch: Refs, step: Step) -> tuple[list[jax.Array], list[jax.Array]]:
         """Channel int32 and residual float32 of the chunk's slots in `order`, `[chunk_blocks, T]` each."""
         arrays = (self.fmt.slot_channel, self.fmt.slot_residual)
         channel, residual = (
-            SlotRows(x, self.plan).read(ref, words, head) for x, ref, words in zip(arrays, operands[:2], scratch[:2])
+            SlotRows(x, self.plan).read(ref, words, step) for x, ref, words in zip(arrays, operands[:2], scratch[:2])
         )
         channel = [lax.shift_right_logical(x, jnp.full_like(x, 24)) for x in channel]
         residual = [float16_of(x) for x in residual]
@@ -185,7 +185,7 @@ class CodebookKeys(_Codebook):
     def chunk(self, refs: Refs, step: Step, q: jax.Array) -> None:
         stored, rotation, scratch = self._split(refs)
         if self.fmt.slots:
-            channel, residual = self._slots(stored[self._counts[0] :], scratch[2:], step.head)
+            channel, residual = self._slots(stored[self._counts[0] :], scratch[2:], step)
             for i, x in enumerate(tpu_slots.key_rows(channel, residual, self.plan.channels)):
                 scratch[4][i] = x
         if not rotation:
@@ -259,7 +259,7 @@ class CodebookValues(_Codebook):
     def chunk(self, refs: Refs, step: Step) -> None:
         stored, scale, zero, scratch = self._split(refs)
         if self.fmt.slots:
-            channel, residual = self._slots(stored[self._counts[0] :], scratch[1:], step.head)
+            channel, residual = self._slots(stored[self._counts[0] :], scratch[1:], step)
             for i, x in enumerate(tpu_slots.value_rows(channel, residual)):
                 scratch[3][i] = x
         if self.per_token:

@@ -7,6 +7,8 @@ cache for one layer of one step. So these operands follow the layouts of XLA (as
   of blocks are fetched, as many as cover a chunk.
 * `[L, B, N, K, s, T]` where s rows do not fill 32-bit words but K rows do: K on sublanes. All heads are fetched, and a
   head is read as one byte (or half) of every word.
+* `[L, B, N, K, s, T]` where neither s nor K rows fill words but blocks fill whole tiles: N on sublanes, fetched as
+  `[L, B, N, 1, T]` are. So it is on devices that have fewer than 4 of a model's heads.
 * other `[L, B, N, K, s, T]`: as they stand.
 
 Scales and zeros of affine storage with one row per block (`SingleRows`) are of the first or the second kind.
@@ -119,11 +121,33 @@ class SlotRows:
         return self.slots % self.per_word != 0 and self.plan.heads % self.per_word == 0
 
     @property
+    def blocks_on_sublanes(self) -> bool:
+        words = self.slots % self.per_word == 0 or self.heads_on_sublanes
+        return not words and self.plan.blocks % self._tile == 0
+
+    @property
+    def _tile(self) -> int:
+        """Rows of a tile."""
+        return 8 * self.per_word
+
+    @property
+    def _window(self) -> int:
+        """Blocks that are fetched where they stand on sublanes: whole tiles, wherever the chunk begins."""
+        return min(self.plan.blocks, (pl.cdiv(self.plan.chunk_blocks, self._tile) + 1) * self._tile)
+
+    def _first(self, start: jax.Array) -> jax.Array:
+        """The first of those blocks, for a chunk that begins at block `start`."""
+        tiles = lax.div(start, jnp.full_like(start, self._tile))
+        return jnp.minimum(tiles, (self.plan.blocks - self._window) // self._tile) * self._tile
+
+    @property
     def _rows(self) -> int:
         """Rows of words per block."""
         return (self.slots * self.plan.heads if self.heads_on_sublanes else self.slots) // self.per_word
 
     def operand(self) -> Operand:
+        if self.blocks_on_sublanes:
+            return self._in_windows()
         if not self.heads_on_sublanes:
             return self.plan.stored(self.array)
         array, plan = self.array.swapaxes(3, 4), self.plan
@@ -136,14 +160,29 @@ class SlotRows:
         squeezed = pl.Squeezed()
         return Operand(array, pl.BlockSpec((squeezed, squeezed, pl.Element(plan.chunk_blocks), *inner), index))
 
+    def _in_windows(self) -> Operand:
+        array, plan = self.array.transpose(0, 1, 3, 4, 2, 5), self.plan
+
+        def index(b, k, c, layer, first, last):
+            used = jnp.clip(c, 0, jnp.maximum(plan.count(first[b], last[b]) - 1, 0))
+            return layer[0], b, k, 0, self._first(plan.start(first[b], used)), 0
+
+        squeezed, (slots, _, tokens) = pl.Squeezed(), array.shape[3:]
+        inner = (pl.Element(slots), pl.Element(self._window), pl.Element(tokens))
+        return Operand(array, pl.BlockSpec((squeezed, squeezed, squeezed, *inner), index))
+
     def scratch(self) -> Any:
         # Rows are read with a stride, which takes arrays of one register's lanes.
         tiles = self.array.shape[-1] // LANES
+        if self.blocks_on_sublanes:
+            return pltpu.VMEM((tiles, self._window, LANES), jnp.int32)
         return pltpu.VMEM((tiles, max(self._rows, 1) * self.plan.chunk_blocks, LANES), jnp.int32)
 
-    def read(self, ref: Any, words: Any, head: jax.Array) -> list[jax.Array]:
+    def read(self, ref: Any, words: Any, step: Step) -> list[jax.Array]:
         """Per slot int32 `[chunk_blocks, T]`, the number in the upper bits. `words` is the scratch."""
-        bits, blocks = 32 // self.per_word, self.plan.chunk_blocks
+        bits, blocks, head = 32 // self.per_word, self.plan.chunk_blocks, step.head
+        if self.blocks_on_sublanes:
+            return [self._of_window(ref[s].astype(jnp.int32) << (32 - bits), words, step) for s in range(self.slots)]
         if not self.heads_on_sublanes and self.slots % self.per_word:
             # Few heads, or an odd number: rows as they are.
             x = ref[...].astype(jnp.int32) << (32 - bits)
@@ -165,6 +204,13 @@ class SlotRows:
             x = jnp.concatenate([words[i, rows] for i in tiles], axis=1)
             out.append((x << shift) & jnp.int32(-(1 << (32 - bits))))
         return out
+
+    def _of_window(self, x: jax.Array, words: Any, step: Step) -> jax.Array:
+        """The chunk's rows of a window's, through scratch: they may begin within a tile."""
+        chunk = pl.ds(step.block - self._first(step.block), self.plan.chunk_blocks)
+        for i in range(words.shape[0]):
+            words[i] = x[:, i * LANES : (i + 1) * LANES]
+        return jnp.concatenate([words[i, chunk] for i in range(words.shape[0])], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +247,7 @@ class SingleRows:
         return [floats, pltpu.VMEM((8, LANES), jnp.int32) if self.shared else self._heads.scratch()]
 
     def chunk(self, refs: Refs, scratch: Refs, step: Step) -> None:
-        bits = SharedRows(self.plan).read(refs) if self.shared else self._heads.read(refs[0], scratch[1], step.head)[0]
+        bits = SharedRows(self.plan).read(refs) if self.shared else self._heads.read(refs[0], scratch[1], step)[0]
         floats = float32(bits, self.dtype)
         for n in range(scratch[0].shape[0]):
             scratch[0][n] = floats[:, n * LANES : (n + 1) * LANES]

@@ -21,6 +21,7 @@ CASES = [
     ("kvquant3-dense", "gqa4-h128-t256", OLD),
     ("kvquant2", "mqa16-h128", OLD),
     ("kvquant2", "gqa2-h256", NEW),
+    ("kvquant2", "mqa2-h256-n96", NEW),
 ]
 
 
