@@ -212,7 +212,7 @@ def _on_mesh(
         read=round(in_blocks * share) + rest + parts["weights"] - lookup,
         flops=_flops(config, min(tokens, config.sliding_window or tokens), batch, sizes),
         sent=_sent(config, cache, sizes),
-        path=decode.explain(dataclasses.replace(cache, mesh=None)),
+        path=decode.explain(cache),
     )
 
 

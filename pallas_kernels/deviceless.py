@@ -37,6 +37,7 @@ from pallas_kernels import listings
 
 # Names as libtpu has them; of v5p and 7x no smaller piece than a host's four chips can be described.
 TPU_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+TPU_NAMES = {chip: topology.partition(":")[0] for chip, topology in TPU_TOPOLOGIES.items()}
 
 # What XLA asks of a GPU: NVIDIA's data sheets of the SXM boards, and the limits of compute capability 9.0 in the
 # CUDA programming guide.
@@ -144,13 +145,17 @@ def _target(chip: str) -> Target:
         _dump_directory()
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TPU_TOPOLOGIES[chip])
         return Target(chip, "tpu", chip, _on(topology.devices[0]))
+    return Target(chip, "cuda", "sm_90", _on(gpus(chip, "1x1x1")[0]))
+
+
+def gpus(chip: str, topology: str) -> list[Any]:
+    """GPUs that are not there; topology: processes x hosts of each x GPUs of each, as the plugin has it."""
     name, bandwidth, memory = GPUS[chip]
     text = GPU_TARGET.format(name=name, bandwidth=bandwidth, memory=memory)
     try:
-        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=text)
+        return topologies.get_topology_desc(platform="cuda", topology=topology, target_config=text).devices
     except NotImplementedError as error:  # the plugin looked for a driver and its libraries, and gave up
         raise NotImplementedError(f"compiling for {chip} without one needs JAX_PLATFORMS=cpu ({error}).") from error
-    return Target(chip, "cuda", "sm_90", _on(topology.devices[0]))
 
 
 def compile(fn: Callable[..., Any], args: tuple[Any, ...], on: Target, donate: tuple[int, ...] = ()) -> Compiled:
@@ -214,7 +219,12 @@ def _dump_directory() -> Path:
         os.environ.get("LIBTPU_INIT_ARGS", ""),
     )
     os.environ["LIBTPU_INIT_ARGS"] = " ".join(flags).strip()
-    # Neither ask a cloud's metadata server what this machine is, nor lock out a second process.
+    be_no_tpu_host()
+    return Path(directory)
+
+
+def be_no_tpu_host() -> None:
+    """Keeps libtpu from asking a cloud's metadata server what this machine is, and from locking out another process."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -222,7 +232,6 @@ def _dump_directory() -> Path:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(name, value)
-    return Path(directory)
 
 
 @contextlib.contextmanager
