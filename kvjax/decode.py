@@ -176,7 +176,8 @@ def generate(
       top_p: sample among the most likely tokens whose probabilities reach p together.
       seed: the draws of row i depend on the seed and on i, not on the other rows.
       eos: ids that end a row; None for the model's, () for none.
-      on_token: called with `[B]` int32 after every token (streaming); rows that ended repeat their last token.
+      on_token: called with `[B]` int32 after every token (streaming); rows that ended repeat their last token. Where
+        there are many processes, each calls its own.
 
     Returns:
       new tokens `[B, max_new_tokens]` int32, padded with the row's end-of-sequence token, and the cache, which holds
@@ -190,13 +191,13 @@ def generate(
     _cache.check_room(cache, counts + (max_new_tokens - 1))
     logits, cache = prefill(model, cache, tokens, counts, attention)
     key = jax.random.key(seed)
-    token, done = _first_token(sampler, logits, key, eos_ids)
+    token, done = _first_token(sampler, cache.mesh, logits, key, eos_ids)
     out = [token]
     if on_token:
         on_token(np.asarray(token))
     for i in range(1, max_new_tokens):
         # Waiting for `done` on every step would keep the device idle between steps; streaming waits anyway.
-        if (on_token or i % 16 == 1) and bool(done.all()):
+        if (on_token or i % 16 == 1) and np.asarray(done).all():
             break
         token, done, cache = _next_token(sampler, model, cache, token, done, key, i, eos_ids)
         out.append(token)
@@ -300,10 +301,10 @@ def _checked_tokens(cache: KVCache, tokens: np.ndarray, lengths: Any, vocab: int
     return used.astype(np.int32), counts.astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames="sampler")
-def _first_token(sampler, logits, key, eos_ids):
+@functools.partial(jax.jit, static_argnames=("sampler", "mesh"))
+def _first_token(sampler, mesh, logits, key, eos_ids):
     token = sample(sampler, logits, jax.random.fold_in(key, 0))
-    return token, (token[:, None] == eos_ids[None, :]).any(-1)
+    return sharding.replicated((token, (token[:, None] == eos_ids[None, :]).any(-1)), mesh)
 
 
 @functools.partial(jax.jit, static_argnames="sampler", donate_argnames="cache")
@@ -312,4 +313,5 @@ def _next_token(sampler, model, cache, token, done, key, i, eos_ids):
     x, cache = cached.forward_chunk(model, cache, token[:, None], jnp.where(done, 0, 1))
     drawn = sample(sampler, model.module().logits(x[:, 0]), jax.random.fold_in(key, i))
     token = jnp.where(done, token, drawn)
-    return token, done | (token[:, None] == eos_ids[None, :]).any(-1), cache
+    done = done | (token[:, None] == eos_ids[None, :]).any(-1)
+    return *sharding.replicated((token, done), cache.mesh), cache

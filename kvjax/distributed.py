@@ -13,12 +13,13 @@ on stderr that names it (`kvjax.peers`); a host that no longer answers does afte
 HEARTBEAT_SECONDS, by JAX. Nothing sees a process that runs but never comes to a collective.
 """
 
+import contextlib
 import dataclasses
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -59,10 +60,10 @@ class Run:
     def main(self) -> bool:
         return self.process == 0
 
-    def agree(self, **facts: Any) -> None:
-        """Waits for the others; raises ValueError where a fact is not the same in all processes."""
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Waits for the others; raises ValueError where a fact, by the name it has there, is not the same in all."""
         if self._group is not None:
-            self._group.agree(facts)
+            self._group.agree(dict(facts))
 
     def __enter__(self) -> "Run":
         return self
@@ -85,7 +86,7 @@ def start(
     process: int | None = None,
     *,
     cpu_devices: int | None = None,
-    facts: Callable[[], Mapping[str, Any]] | None = None,
+    facts: Mapping[str, Any] | None = None,
     join_seconds: float | None = None,
 ) -> Run:
     """Joins the processes of one program and starts JAX on all of them. Call it before anything asks for a device.
@@ -94,8 +95,8 @@ def start(
       coordinator: HOST:PORT where process 0 listens, reachable from all; JAX's own service takes a free port beside it.
       processes: how many there are.
       process: the number of this one, 0 to processes - 1.
-      cpu_devices: devices of each process where it runs on CPU; None leaves JAX's setting.
-      facts: called when all have come; what it returns must be the same everywhere, and where it fails all end.
+      cpu_devices: of all processes together, where they run on CPU; None leaves JAX's setting.
+      facts: what must be the same everywhere, as strings, by the names that an error is to use.
       join_seconds: to wait for the others; None for `KVJAX_JOIN_SECONDS`, or 50.
 
     Raises:
@@ -104,24 +105,34 @@ def start(
       OSError: one line, where process 0 cannot be reached or others do not come (TimeoutError).
     """
     place = find_place(coordinator, processes, process)
+    if cpu_devices is not None:
+        if cpu_devices % place.processes:
+            raise ValueError(
+                f"`cpu_devices={cpu_devices}` cannot be shared evenly by {place.processes} processes; make the mesh a "
+                "multiple of them."
+            )
+        set_cpu_devices(cpu_devices // place.processes)
     if place.processes == 1:
-        if facts is not None:
-            facts()
         return Run()
     seconds = join_seconds or _seconds(os.environ.get("KVJAX_JOIN_SECONDS"))
     group = peers.meet(place.host, place.port, place.process, place.processes, seconds)
     port = _free_port(place.host) if place.process == 0 else None
-    versions = {"kvjax": __version__, "jax": jax.__version__}
+    same = {"kvjax": __version__, "jax": jax.__version__} | dict(facts or {})
     # Whoever connected in the last second waits as long as process 0 waits for those that never will.
-    port = group.agree(versions, port, seconds=seconds + (0 if place.process == 0 else peers.LINGER_SECONDS))
+    port = group.agree(same, port, seconds=seconds + (0 if place.process == 0 else peers.LINGER_SECONDS))
     group.arm()
     try:
-        if facts is not None:
-            group.agree(dict(facts()))
-        _start_jax(place, port, cpu_devices)
+        _start_jax(place, port)
     except BaseException as error:
         _end_with(group, error)
     return Run(place.process, place.processes, group)
+
+
+def set_cpu_devices(count: int) -> None:
+    """How many devices this process has on CPU; nothing happens where JAX has started, or XLA_FLAGS say it."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def find_place(coordinator: str | None, processes: int | None, process: int | None) -> Place:
@@ -197,12 +208,10 @@ def _free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def _start_jax(place: Place, port: int, cpu_devices: int | None) -> None:
+def _start_jax(place: Place, port: int) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It catches SIGTERM for programs that save and go; this one shall end.
     jax.config.update("jax_enable_preemption_service", False)
-    if cpu_devices is not None:
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
     host = f"[{place.host}]" if ":" in place.host else place.host
     jax.distributed.initialize(
         f"{host}:{port}",

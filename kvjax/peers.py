@@ -51,9 +51,7 @@ class Link:
         return message if isinstance(message, dict) else {}
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+        _close(self._connection)
 
 
 class Group(abc.ABC):
@@ -187,7 +185,7 @@ class Hub(Group):
     def _serve(self, link: Link) -> None:
         """One process, from its hello to its end; strangers are turned away without a word."""
         hello = link.read().get("hello")
-        if not isinstance(hello, dict):
+        if not isinstance(hello, dict) or self._agreed:  # nobody comes late
             return link.close()
         process, name = hello["process"], f"process {hello['process']} ({hello['name']})"
         with self._changed:
@@ -219,7 +217,7 @@ class Hub(Group):
         for i, theirs in others.items():
             return self._end_all(f"{self._names[i]} {_difference(theirs, stated[0])}")
         if complete:
-            self._server.close()
+            _close(self._server)
             value = self._values.pop(number)
             del self._stated[number]
             for link in self._links.values():
@@ -335,6 +333,13 @@ def _connect(host: str, port: int, seconds: float) -> socket.socket:
                     f"({_reason(error)}); start process 0 there, on a port that no firewall closes."
                 ) from None
         time.sleep(RETRY_SECONDS)
+
+
+def _close(connection: socket.socket) -> None:
+    """Also where another thread waits for it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 def _reason(error: OSError) -> str:

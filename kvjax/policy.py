@@ -187,8 +187,8 @@ def policy(name: str, model: Any, calibration: Any = None, text: Any = None, pro
       progress: show a progress bar while calibrating.
 
     Raises:
-      ValueError, OSError: one line, for an unknown name, and for a calibration file that is damaged or was made for
-        another model, preset or rotary embedding.
+      ValueError, OSError: one line, for an unknown name, for a calibration file that is damaged or was made for another
+        model, preset or rotary embedding, and where one of many processes would have to calibrate.
     """
     chosen = preset(name)
     layers = model.config.layers
@@ -238,14 +238,25 @@ def _calibrated(name: str, chosen: Preset, model: Any, calibration: Any, text: A
     from kvjax.calibrate import preset as calibrate  # needs this module, and Flax
 
     if text is not None:
+        check_alone(name)
         return calibrate.calibrate(model, name, chosen, text=text, progress=progress).params
     path, cached = fitted_file(model, f"{name}.safetensors")
     if path := calibration or path:
         return calibrate.load(path, model, name, chosen).params
+    check_alone(name)
     found = calibrate.calibrate(model, name, chosen, progress=progress)
     cached.parent.mkdir(parents=True, exist_ok=True)
     calibrate.save(cached, found)
     return found.params
+
+
+def check_alone(name: str) -> None:
+    """Raises ValueError among many processes: each would fit constants by itself, and may hold a part of the model."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"`quant={name}` is not calibrated for this model here, and {jax.process_count()} processes do not do it "
+            "together; run scripts/calibrate.py first and pass its file with --calibration, or run once in one process."
+        )
 
 
 def fitted_file(model: Any, file_name: str) -> tuple[Path | None, Path]:

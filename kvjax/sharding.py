@@ -158,6 +158,11 @@ def on_host(x: jax.Array) -> np.ndarray:
     return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(x))
 
 
+def device_bytes(tree: Any) -> int:
+    """What one device holds of arrays that are spread evenly."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def weight_spec(name: str) -> P:
     from kvjax.model.llama import WEIGHTS  # the model is above the cache, but this is a table
 

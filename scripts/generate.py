@@ -1,6 +1,9 @@
 """Writes text with a compressed K/V cache and says what the cache really cost.
 
 python scripts/generate.py --quant kvquant3
+python scripts/generate.py --mesh seq=4                     # over 4 devices
+python scripts/generate.py --mesh seq=16 --distributed      # on every host of a TPU pod, or under Slurm
+python scripts/generate.py --mesh seq=16 --distributed --coordinator HOST:8476 --processes 2 --process 0    # and 1
 """
 
 import argparse
@@ -8,8 +11,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import _mesh
 import jax
 import numpy as np
 from _cli import one_line_errors, versions
@@ -17,7 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 import kvjax
+from kvjax import sharding
 from kvjax.decode import bits_per_element, bits_read, explain, generate, init_cache, nbytes, statistics
+from kvjax.distributed import Run
 from kvjax.policy import preset
 
 PROMPT = "The captain looked out over the sea, and for a long time he did not speak."
@@ -38,17 +44,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, metavar="N", help="capacity in tokens (prompt and new tokens)")
     parser.add_argument("--strict", action="store_true", help="fail where attention would run without a kernel")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
+    _mesh.add_arguments(parser)
     args = parser.parse_args(argv)
     with one_line_errors():
-        report = run(args, Console(stderr=True, highlight=False))
-        if args.json:
-            Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        preset(args.quant)  # a misspelt preset is told before the model is loaded
+        with _mesh.join(args, {}) as joined:
+            report = run(args, Console(stderr=True, highlight=False, quiet=not joined.main), joined)
+            if args.json and joined.main:
+                Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(args: argparse.Namespace, console: Console, joined: Run) -> dict[str, Any]:
     prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
-    preset(args.quant)  # a misspelt preset is told before the model is loaded
+    joined.agree({"a prompt": _mesh.text_digest(prompt)})
+    mesh = _mesh.make(args, joined)
     with console.status("loading the model"):
         model = kvjax.load(args.model)
         ids = np.asarray(model.tokenizer(prompt)["input_ids"], np.int32)[None]
@@ -61,9 +71,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"--context is {capacity}; pass --context {ids.shape[1] + args.max_new_tokens} or shorten the prompt."
         )
     policy = kvjax.policy(args.quant, model, calibration=args.calibration)
+    _mesh.check_same(joined, model, policy)
+    if mesh is not None:
+        model = sharding.shard_model(model, mesh)
 
     def new_cache() -> kvjax.KVCache:
-        return init_cache(model, policy, batch=1, capacity=capacity)
+        return init_cache(model, policy, batch=1, capacity=capacity, mesh=mesh)
 
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     path = explain(new_cache(), strict=args.strict)
@@ -72,11 +85,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.status("compiling"):
         generate(model, new_cache(), ids, max_new_tokens=min(2, args.max_new_tokens), eos=never, **sampling)
     compiled = time.perf_counter()
-    stream = Stream(model.tokenizer, prompt)
+    stream = Stream(model.tokenizer, prompt, sys.stdout if joined.main else None)
     _, cache = generate(model, new_cache(), ids, max_new_tokens=args.max_new_tokens, on_token=stream.take, **sampling)
     stream.finish()
     seconds = np.diff([compiled, *stream.times])
-    uncompressed = jax.eval_shape(lambda: init_cache(model, kvjax.policy("bf16", model), batch=1, capacity=capacity))
+    bf16 = kvjax.policy("bf16", model)
+    uncompressed = jax.eval_shape(lambda: init_cache(model, bf16, batch=1, capacity=capacity, mesh=mesh))
     report = {
         "text": stream.text,
         "quant": args.quant,
@@ -89,20 +103,20 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "path": path,
         "platform": f"{jax.default_backend()} ({jax.devices()[0].device_kind})",
         "versions": versions(),
-    }
+    } | _mesh.report(args, cache)
     show(report, console, cache, compiled - start, ids.shape[1], len(stream.tokens))
     return report
 
 
 class Stream:
-    """Prints text as its tokens arrive; holds back what may still be part of a character."""
+    """Prints text to `out` (None: nowhere) as its tokens arrive; holds back what may be a part of a character."""
 
-    def __init__(self, tokenizer: Any, prompt: str):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, prompt: str, out: IO[str] | None):
+        self.tokenizer, self.out = tokenizer, out
         self.tokens: list[int] = []
         self.times: list[float] = []
         self.text = ""
-        print(prompt, end="", flush=True)
+        self._write(prompt)
 
     def take(self, tokens: np.ndarray) -> None:
         self.times.append(time.perf_counter())
@@ -111,14 +125,18 @@ class Stream:
 
     def finish(self) -> None:
         self._print(hold="")
-        print(flush=True)
+        self._write("\n")
 
     def _print(self, hold: str) -> None:
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
         if hold and text.endswith(hold):
             return
-        print(text[len(self.text) :], end="", flush=True)
+        self._write(text[len(self.text) :])
         self.text = text
+
+    def _write(self, text: str) -> None:
+        if self.out is not None:
+            print(text, end="", flush=True, file=self.out)
 
 
 def show(report: dict, console: Console, cache: kvjax.KVCache, compile_s: float, prompt: int, new: int) -> None:
@@ -129,15 +147,25 @@ def show(report: dict, console: Console, cache: kvjax.KVCache, compile_s: float,
         "path": report["path"],
         "cache": f"{report['cache_bytes']:,} bytes for {cache.capacity:,} tokens, sinks and recent tokens included "
         f"(bf16: {report['bf16_bytes']:,})",
+        "mesh": mesh_row(report),
         "outliers": f"{statistics(cache)['dropped_outliers']} found no slot",
         "prefill": f"{prompt} tokens, {report['prefill_tokens_per_s']:.0f} tokens/s",
         "decode": f"{new} tokens" + (f", {s:.0f} tokens/s" if (s := report["decode_tokens_per_s"]) else ""),
         "compiled": f"in {compile_s:.1f} s on {report['platform']}",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     console.print()
     console.print(table)
+
+
+def mesh_row(report: dict) -> str:
+    """How the cache is spread; empty without a mesh."""
+    if "mesh" not in report:
+        return ""
+    processes = f" of {report['processes']} processes" if report["processes"] > 1 else ""
+    return f"{report['mesh']}: {report['devices']} devices{processes}, {report['cache_bytes_per_device']:,} bytes each"
 
 
 def read_in_part(cache: kvjax.KVCache) -> str:

@@ -28,7 +28,7 @@ from kvjax.calibrate.text import self_sampled_tokens, tokens_from_file
 from kvjax.codecs import AffineCodec
 from kvjax.evaluate.progress import bar
 from kvjax.model.llama import LoadedModel
-from kvjax.policy import Preset, bind, fitted_file
+from kvjax.policy import Preset, bind, check_alone, fitted_file
 from kvjax.presets import named
 
 # KL is a statistic of every position, not of the tokens that came: few windows say which matrices matter.
@@ -53,10 +53,12 @@ def allocated(
       ValueError, OSError: one line, for a budget that cannot be met, and for files of another model or preset.
     """
     if text is not None:
+        check_alone(name)
         return preset_of(allocate(model, name, preset, text=text, progress=progress), preset, model)
     path, cached = fitted_file(model, allocation_file.file_name(name, preset))
     if path := calibration or path:
         return preset_of(allocation_file.load(path, model, name, preset), preset, model)
+    check_alone(name)
     found = allocate(model, name, preset, progress=progress)
     cached.parent.mkdir(parents=True, exist_ok=True)
     allocation_file.save(cached, found)
