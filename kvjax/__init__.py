@@ -18,11 +18,11 @@ __all__ = ["CacheShape", "KVCache", "Policy", "Preset", "decode", "load", "polic
 __version__ = "0.1.0"
 
 
-def load(source: Any, dtype: Any = None) -> Any:
-    """Loads a Llama or Mistral model: "tiny", a directory in Hugging Face layout, or a hub id.
+def load(source: Any, dtype: Any = None, mesh: Any = None) -> Any:
+    """Loads a Llama or Mistral model: "tiny", a directory in Hugging Face layout, or a hub id; over a mesh, if given.
 
     See `kvjax.model.weights.load`, which is imported here and not before: Flax takes longer to import than the rest.
     """
     from kvjax.model import weights
 
-    return weights.load(source, dtype)
+    return weights.load(source, dtype, mesh=mesh)

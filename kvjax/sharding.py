@@ -12,6 +12,7 @@ and reading them costs less than one more message.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -154,8 +155,25 @@ def on_host(x: jax.Array) -> np.ndarray:
     """An array as numpy; where parts of it are on other processes, all of them must ask."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
-    whole = NamedSharding(x.sharding.mesh, P())  # type: ignore[attr-defined]
-    return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(x))
+    return np.asarray(_whole(x, x.sharding.mesh))  # type: ignore[attr-defined]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _whole(x: jax.Array, mesh: Mesh) -> jax.Array:
+    return replicated(x, mesh)
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays, whole on this host, spread; of many processes each takes its own parts, and must have the same arrays."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    # `device_put` would send every array around to see that it is the same.
+    def parts(x: Any) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(parts, tree)
 
 
 def device_bytes(tree: Any) -> int:
@@ -194,6 +212,6 @@ def model_shardings(config: Any, mesh: Mesh) -> dict[str, NamedSharding]:
 def shard_model(model: Any, mesh: Mesh) -> Any:
     """A loaded model (`kvjax.model.llama.LoadedModel`) with its weights spread over the mesh."""
     shardings = model_shardings(model.config, mesh)
-    state = {name: jax.device_put(x, shardings[name]) for name, x in model.state.items()}
-    rope = jax.device_put(model.rope, NamedSharding(mesh, P()))
+    state = {name: place(x, shardings[name]) for name, x in model.state.items()}
+    rope = place(model.rope, NamedSharding(mesh, P()))
     return dataclasses.replace(model, state=state, rope=rope)

@@ -5,7 +5,6 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 import kvjax
 from kvjax import distributed, sharding
 
-# What may differ between processes.
+# What may differ between processes: their number, and files, which are compared by what is in them.
 OWN = ("process", "json", "prompt", "prompt_file", "calibration")
 
 
@@ -34,15 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0 (or KVJAX_PROCESS)")
 
 
-def join(args: argparse.Namespace, facts: Mapping[str, Any]) -> distributed.Run:
-    """The processes of the run, before anything asks JAX for a device.
-
-    Args:
-      facts: that must be the same in all, beside the arguments.
-
-    Raises:
-      ValueError, OSError: one line, as `kvjax.distributed.start`.
-    """
+def join(args: argparse.Namespace) -> distributed.Run:
+    """The processes of the run, before anything asks JAX for a device; errors as of `kvjax.distributed.start`."""
     devices = math.prod(sharding.parse_mesh(args.mesh).values()) if args.mesh else None
     if not args.distributed:
         for name in ("coordinator", "processes", "process"):
@@ -56,14 +48,14 @@ def join(args: argparse.Namespace, facts: Mapping[str, Any]) -> distributed.Run:
             "`mesh` is missing: --distributed needs to know how to use the devices; add e.g. --mesh seq=4."
         )
     text_alone_on_stdout()
-    arguments = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in OWN}
-    return distributed.start(
-        args.coordinator, args.processes, args.process, cpu_devices=devices, facts=arguments | dict(facts)
-    )
+    same = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in OWN}
+    return distributed.start(args.coordinator, args.processes, args.process, cpu_devices=devices, facts=same)
 
 
-def make(args: argparse.Namespace, run: distributed.Run) -> Mesh | None:
-    """The mesh that was asked for; None without one."""
+def make(args: argparse.Namespace, run: distributed.Run, prompt: str) -> Mesh | None:
+    """The mesh that was asked for, for a prompt that is the same in all processes; None without one."""
+    digest = hashlib.sha256(prompt.encode()).hexdigest()[:16]
+    run.agree({"a prompt": f"of {len(prompt)} characters (sha256 {digest})"})
     if not args.mesh:
         return None
     mesh = sharding.make_mesh(args.mesh)
@@ -83,10 +75,6 @@ def check_same(run: distributed.Run, model: Any, policy: kvjax.Policy) -> None:
     for leaf in jax.tree.leaves([(s.k_params, s.v_params) for s in policy.segments]):
         digest.update(np.asarray(leaf).tobytes())
     run.agree({"the model": model.fingerprint[:16], "the calibration": digest.hexdigest()[:16]})
-
-
-def text_digest(text: str) -> str:
-    return f"of {len(text)} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def text_alone_on_stdout() -> None:

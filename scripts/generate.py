@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 
 import kvjax
-from kvjax import sharding
 from kvjax.decode import bits_per_element, bits_read, explain, generate, init_cache, nbytes, statistics
 from kvjax.distributed import Run
 from kvjax.policy import preset
@@ -46,21 +45,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     _mesh.add_arguments(parser)
     args = parser.parse_args(argv)
-    with one_line_errors():
-        preset(args.quant)  # a misspelt preset is told before the model is loaded
-        with _mesh.join(args, {}) as joined:
-            report = run(args, Console(stderr=True, highlight=False, quiet=not joined.main), joined)
-            if args.json and joined.main:
-                Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with one_line_errors(), _mesh.join(args) as joined:
+        report = run(args, Console(stderr=True, highlight=False, quiet=not joined.main), joined)
+        if args.json and joined.main:
+            Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
 def run(args: argparse.Namespace, console: Console, joined: Run) -> dict[str, Any]:
     prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
-    joined.agree({"a prompt": _mesh.text_digest(prompt)})
-    mesh = _mesh.make(args, joined)
+    preset(args.quant)  # a misspelt preset is told before the model is loaded
+    mesh = _mesh.make(args, joined, prompt)
     with console.status("loading the model"):
-        model = kvjax.load(args.model)
+        model = kvjax.load(args.model, mesh=mesh)
         ids = np.asarray(model.tokenizer(prompt)["input_ids"], np.int32)[None]
     if not ids.size:
         raise ValueError("`prompt` is empty; give at least one token to continue.")
@@ -72,8 +69,6 @@ def run(args: argparse.Namespace, console: Console, joined: Run) -> dict[str, An
         )
     policy = kvjax.policy(args.quant, model, calibration=args.calibration)
     _mesh.check_same(joined, model, policy)
-    if mesh is not None:
-        model = sharding.shard_model(model, mesh)
 
     def new_cache() -> kvjax.KVCache:
         return init_cache(model, policy, batch=1, capacity=capacity, mesh=mesh)

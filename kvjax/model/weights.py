@@ -12,8 +12,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
+from kvjax import sharding
 from kvjax.model.checkpoint import DTYPES, Checkpoint
 from kvjax.model.config import ModelConfig, complete, read_config
 from kvjax.model.fingerprint import checkpoint_tensors, fingerprint, sample
@@ -28,7 +30,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 Place = Callable[[str, np.ndarray], jax.Array]
 
 
-def load(source, dtype=None, place: Place | None = None) -> LoadedModel:
+def load(source, dtype=None, place: Place | None = None, mesh: Mesh | None = None) -> LoadedModel:
     """Loads a Llama or Mistral model.
 
     Tensors go one by one from the memory-mapped file into their `[L, ...]` stack and the stack to its device, so the
@@ -39,8 +41,9 @@ def load(source, dtype=None, place: Place | None = None) -> LoadedModel:
         "meta-llama/Llama-3.2-1B" (downloaded through huggingface_hub, or taken from its cache).
       dtype: of weights and activations: float32, bfloat16 or float16. None: the checkpoint's dtype on GPU and
         TPU, float32 on CPU, where bfloat16 matrix products are slow.
-      place: weight name and host array to device array; None: the default device. For a model larger than one
-        device, say `lambda name, x: jax.device_put(x, shardings[name])`.
+      place: weight name and host array to device array; None: as `mesh` says.
+      mesh: devices to spread the weights over (`kvjax.sharding`), for a model larger than one; None: the default
+        device. Of many processes each reads all weights and keeps its own parts.
 
     Raises:
       ValueError, FileNotFoundError: one line naming the file and tensor, or the setting without support.
@@ -52,6 +55,8 @@ def load(source, dtype=None, place: Place | None = None) -> LoadedModel:
         config, rope = ModelConfig.from_transformers(fields), rope_from_config(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
+    if mesh is not None and place is None:
+        place = _spread(config, mesh)
     with Checkpoint(directory) as checkpoint:
         _check_tensors(checkpoint, config, directory)
         if dtype is None:
@@ -65,7 +70,14 @@ def load(source, dtype=None, place: Place | None = None) -> LoadedModel:
             return tensor
 
         state = stack_weights(config, read, dtype, place)
-    return LoadedModel(state, jax.device_put(rope), config, str(directory), fingerprint(config, rope, samples))
+    named = fingerprint(config, rope, samples)
+    rope = jax.device_put(rope) if mesh is None else sharding.place(rope, NamedSharding(mesh, PartitionSpec()))
+    return LoadedModel(state, rope, config, str(directory), named)
+
+
+def _spread(config: ModelConfig, mesh: Mesh) -> Place:
+    shardings = sharding.model_shardings(config, mesh)
+    return lambda name, array: jax.block_until_ready(sharding.place(array, shardings[name]))
 
 
 def stack_weights(
