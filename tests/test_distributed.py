@@ -166,7 +166,7 @@ def meet(*members: tuple[int, int, dict], seconds: float = 20) -> list[str]:
     def join(slot: int, process: int, processes: int, facts: dict) -> None:
         try:
             group = peers.meet("localhost", port, process, processes, seconds)
-            found[slot] = group.agree(facts, "value of process 0", seconds=seconds)
+            found[slot] = group.agree(facts, "value of process 0", seconds=seconds if process == 0 else seconds + 5)
         except (ValueError, OSError) as error:
             found[slot] = f"{type(error).__name__}: {error}"
 
@@ -285,22 +285,57 @@ def test_a_stopped_process_ends_the_others(tmp_path):
         assert "unhealthy (stopped sending heartbeats)" in job.errors(0)
 
 
-def generate(quant: str, tokens: int) -> list[str]:
+# Decode steps from an empty cache, rows of the batch over `data`; process 0 prints what can be read on the host.
+STEPS = """
+import json, sys
+import numpy as np
+import kvjax
+from kvjax import decode, distributed, sharding
+
+with distributed.start(cpu_devices=2) as run:
+    mesh = sharding.make_mesh("data=2")
+    model = kvjax.load("tiny", mesh=mesh)
+    cache = decode.init_cache(model, kvjax.policy(sys.argv[1], model), batch=2, capacity=70, mesh=mesh)
+    token = np.array([5, 6])
+    for i in range(6):
+        logits, cache = decode.step(model, cache, token, active=np.array([True, i < 4]))
+        token = sharding.on_host(logits).argmax(-1)
+    facts = {"length": sharding.on_host(cache.length).tolist(), "token": token.tolist()}
+    facts |= decode.statistics(cache)
+    if run.main:
+        print(json.dumps(facts))
+"""
+
+
+def test_steps_and_statistics_of_rows_on_two_processes(tmp_path):
+    found = []
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        with Job(tmp_path / str(count), count, "-c", STEPS, "int4") as job:
+            assert job.wait(250) == [0] * count, job.errors(0) + job.errors(count - 1)
+        found.append(json.loads(job.text(0).splitlines()[-1]))
+    assert found[0] == found[1]
+    assert found[0]["length"] == [6, 4] and found[0]["overrun"] == found[0]["dropped_outliers"] == 0
+
+
+def generate(quant: str, tokens: int, temperature: float) -> list[str]:
     arguments = {"--quant": quant, "--prompt": "The sea", "--max-new-tokens": str(tokens), "--context": "300"}
+    arguments["--temperature"] = str(temperature)
     return ["scripts/generate.py", *(word for pair in arguments.items() for word in pair)]
 
 
-def one_process(quant: str, tokens: int, folder: Path) -> dict:
+def one_process(folder: Path, *command: str) -> dict:
     folder.mkdir()
-    with Job(folder, 1, *generate(quant, tokens), "--json", str(folder / "report.json")) as job:
+    with Job(folder, 1, *command, "--json", str(folder / "report.json")) as job:
         assert job.wait(250) == [0], job.errors(0)
     return json.loads((folder / "report.json").read_text())
 
 
 def test_two_processes_write_the_text_of_one(tmp_path):
     spread = ("--mesh", "seq=4", "--distributed", "--json", str(tmp_path / "report.json"))
-    with Job(tmp_path, 2, *generate("kvquant3", 24), *spread) as job:
-        alone = one_process("kvquant3", 24, tmp_path / "alone")
+    command = generate("kvquant3", 24, temperature=0.8)
+    with Job(tmp_path, 2, *command, *spread) as job:
+        alone = one_process(tmp_path / "alone", *command)
         assert job.wait(250) == [0, 0], job.errors(0) + job.errors(1)
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["text"] == alone["text"] and len(report["text"]) > 20
@@ -311,8 +346,8 @@ def test_two_processes_write_the_text_of_one(tmp_path):
 
 
 def test_four_processes_write_the_text_of_one_until_one_is_killed(tmp_path):
-    with Job(tmp_path, 4, *generate("kivi2", 250), "--mesh", "seq=4", "--distributed") as job:
-        text = one_process("kivi2", 40, tmp_path / "alone")["text"]
+    with Job(tmp_path, 4, *generate("kivi2", 250, temperature=0), "--mesh", "seq=4", "--distributed") as job:
+        text = one_process(tmp_path / "alone", *generate("kivi2", 40, temperature=0))["text"]
         job.wait_until(400, lambda: len(job.text(0)) > len("The sea") + 60)
         job.started[3].kill()
         written = job.text(0).removeprefix("The sea")
