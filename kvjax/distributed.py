@@ -129,8 +129,9 @@ def start(
 
 
 def set_cpu_devices(count: int) -> None:
-    """How many devices this process has on CPU; nothing happens where JAX has started, or XLA_FLAGS say it."""
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    """Gives this process as many devices on CPU; does nothing where JAX has started, has more, or XLA_FLAGS say it."""
+    flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not flagged and jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
 

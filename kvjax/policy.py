@@ -250,12 +250,12 @@ def _calibrated(name: str, chosen: Preset, model: Any, calibration: Any, text: A
     return found.params
 
 
-def check_alone(name: str) -> None:
+def check_alone(name: str, script: str = "scripts/calibrate.py") -> None:
     """Raises ValueError among many processes: each would fit constants by itself, and may hold a part of the model."""
     if jax.process_count() > 1:
         raise ValueError(
             f"`quant={name}` is not calibrated for this model here, and {jax.process_count()} processes do not do it "
-            "together; run scripts/calibrate.py first and pass its file with --calibration, or run once in one process."
+            f"together; run {script} first and pass its file with --calibration, or run once in one process."
         )
 
 

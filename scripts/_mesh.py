@@ -47,9 +47,11 @@ def join(args: argparse.Namespace) -> distributed.Run:
         raise ValueError(
             "`mesh` is missing: --distributed needs to know how to use the devices; add e.g. --mesh seq=4."
         )
-    text_alone_on_stdout()
     same = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in OWN}
-    return distributed.start(args.coordinator, args.processes, args.process, cpu_devices=devices, facts=same)
+    run = distributed.start(args.coordinator, args.processes, args.process, cpu_devices=devices, facts=same)
+    if run.processes > 1:
+        text_alone_on_stdout()
+    return run
 
 
 def make(args: argparse.Namespace, run: distributed.Run, prompt: str) -> Mesh | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import kvjax
 from kvjax import distributed, peers
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +155,15 @@ def test_one_process_joins_nobody(bare):
     with distributed.start("localhost:8476", 1, 0) as run:
         run.agree({"anything": 1})
         assert run.main and run.processes == 1
+
+
+@pytest.mark.parametrize(("quant", "script"), [("kvquant3", "calibrate"), ("asymkv-auto@2", "allocate")])
+def test_many_processes_do_not_calibrate(monkeypatch, quant, script):
+    model = kvjax.load("tiny")
+    kvjax.policy(quant, model)  # what is in a file will do
+    monkeypatch.setattr("jax.process_count", lambda: 4)
+    with pytest.raises(ValueError, match=f"4 processes do not do it together; run scripts/{script}"):
+        kvjax.policy(quant, model, text="some text")
 
 
 # --- roll call, with threads for processes

@@ -53,12 +53,12 @@ def allocated(
       ValueError, OSError: one line, for a budget that cannot be met, and for files of another model or preset.
     """
     if text is not None:
-        check_alone(name)
+        check_alone(name, "scripts/allocate.py auto")
         return preset_of(allocate(model, name, preset, text=text, progress=progress), preset, model)
     path, cached = fitted_file(model, allocation_file.file_name(name, preset))
     if path := calibration or path:
         return preset_of(allocation_file.load(path, model, name, preset), preset, model)
-    check_alone(name)
+    check_alone(name, "scripts/allocate.py auto")
     found = allocate(model, name, preset, progress=progress)
     cached.parent.mkdir(parents=True, exist_ok=True)
     allocation_file.save(cached, found)
