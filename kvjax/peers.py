@@ -93,14 +93,13 @@ class Group(abc.ABC):
             came = self._changed.wait_for(lambda: self._agreed >= self._round or self.ended, seconds)
             if not came:
                 self.ended = f"{self._missing()} did not come within {seconds:.0f} s; start all of the processes"
-            if self.ended:
-                late = self.ended
-        if not came:
-            self._tell_others(late)
-            raise TimeoutError(late)
-        if self.ended:
-            raise ValueError(late)
-        return self._value
+            ended, value = self.ended, self._value
+        if ended and not came:
+            self._tell_others(ended)
+            raise TimeoutError(ended)
+        if ended:
+            raise ValueError(ended)
+        return value
 
     def arm(self) -> None:
         """From now on this process ends where another one does."""
@@ -139,7 +138,11 @@ class Group(abc.ABC):
 
     @abc.abstractmethod
     def _tell_others(self, reason: str) -> None:
-        """Passes on why this process ends."""
+        """Says why this process ends."""
+
+    @abc.abstractmethod
+    def _pass_on(self, line: str) -> None:
+        """Passes on why the group ends."""
 
     @abc.abstractmethod
     def _leave(self) -> None:
@@ -151,6 +154,7 @@ class Group(abc.ABC):
                 return
             self.ended = line
             self._changed.notify_all()
+        self._pass_on(line)
         if self._armed:
             self._leave()
 
@@ -192,17 +196,18 @@ class Hub(Group):
             twin = self._names.get(process)
             self._names.setdefault(process, name)
             self._links[process if not twin else len(self._links) + self.processes] = link
+            ended = self.ended
+        if ended:  # before this one came
+            link.send(end=ended)
         if hello["processes"] != self.processes:
-            return self._end_all(f"{name} was told of {hello['processes']} processes, process 0 of {self.processes}")
+            return self._end(f"{name} was told of {hello['processes']} processes, process 0 of {self.processes}")
         if twin:
-            return self._end_all(
-                f"{name} and {twin} have the same number; give each its own, 0 to {self.processes - 1}"
-            )
+            return self._end(f"{name} and {twin} have the same number; give each its own, 0 to {self.processes - 1}")
         while message := link.read():
             if "failed" in message:
-                return self._end_all(f"{name} failed: {message['failed']}")
+                return self._end(f"{name} failed: {message['failed']}")
             self._take(process, message["round"], message["facts"])
-        return self._end_all(f"{name} is gone: it was killed or crashed, or its host is down; see its own output")
+        return self._end(f"{name} is gone: it was killed or crashed, or its host is down; see its own output")
 
     def _state(self, facts: dict[str, str], value: Any) -> None:
         self._values[self._round] = value
@@ -215,7 +220,7 @@ class Hub(Group):
             complete = len(stated) == self.processes
             others = {i: theirs for i, theirs in stated.items() if 0 in stated and theirs != stated[0]}
         for i, theirs in others.items():
-            return self._end_all(f"{self._names[i]} {_difference(theirs, stated[0])}")
+            return self._end(f"{self._names[i]} {_difference(theirs, stated[0])}")
         if complete:
             _close(self._server)
             value = self._values.pop(number)
@@ -229,15 +234,12 @@ class Hub(Group):
         came = self._stated.get(self._round, {})
         return ", ".join(self._names.get(i, f"process {i}") for i in range(self.processes) if i not in came)
 
-    def _end_all(self, line: str) -> None:
-        if not self.ended and not self._over:
-            for link in list(self._links.values()):
-                link.send(end=line)
-        self._end(line)
+    def _pass_on(self, line: str) -> None:
+        for link in list(self._links.values()):
+            link.send(end=line)
 
     def _tell_others(self, reason: str) -> None:
-        for link in list(self._links.values()):
-            link.send(end=f"{self._names[0]} failed: {reason}")
+        self._pass_on(f"{self._names[0]} failed: {reason}")
         self._linger()
 
     def _leave(self) -> None:
@@ -277,6 +279,9 @@ class Spoke(Group):
 
     def _tell_others(self, reason: str) -> None:
         self._link.send(failed=reason)
+
+    def _pass_on(self, line: str) -> None:
+        pass  # it came from process 0
 
     def _leave(self) -> None:
         say(self.ended or "")
