@@ -1,8 +1,10 @@
 """Many processes as one JAX program: joining them, and ending all of them when one ends.
 
-    with kvjax.distributed.start("host0:8476", processes=4, process=i) as group:
-        mesh = kvjax.sharding.make_mesh("seq=4")   # over the devices of all processes
-        ...                                        # every process makes the same calls in the same order
+    with distributed.start("host0:8476", processes=4, process=i) as run:
+        mesh = sharding.make_mesh("seq=4")              # over the devices of all processes
+        model = kvjax.load("tiny", mesh=mesh)
+        ...                                             # every process makes the same calls in the same order
+        if run.main: print(...)
 
 On a TPU pod, under Slurm and under Open MPI `start()` needs no arguments. Elsewhere it takes them, or
 KVJAX_COORDINATOR, KVJAX_PROCESSES and KVJAX_PROCESS from the environment. JAX_LOCAL_DEVICE_IDS (such as "0,1") gives a
@@ -21,7 +23,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -71,7 +73,7 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._group is None:
             return
-        if error is None:
+        if error is None or (isinstance(error, SystemExit) and not error.code):
             try:
                 self._group.finish()
                 return
@@ -225,26 +227,30 @@ def _start_jax(place: Place, port: int) -> None:
     )
 
 
-def _end_with(group: peers.Group, error: BaseException) -> None:
+def _end_with(group: peers.Group, error: BaseException) -> NoReturn:
     """Ends the others and this process: a normal exit would wait for them in JAX's shutdown."""
     if _is_of_collective(error):
         group.wait_for_end(GRACE_SECONDS)
-    if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        line = f"it exited with code {code}"
-    elif isinstance(error, KeyboardInterrupt):
-        code, line = 130, "it was interrupted"
-    else:
-        code = 2 if isinstance(error, (ValueError, OSError, NotImplementedError)) else 1
-        line = " ".join(str(error).split()) or type(error).__name__
-    if code == 1 and not isinstance(error, SystemExit):
-        traceback.print_exception(error)
-    if not group.fail(line):
-        group.wait_for_end(0)
-    elif not isinstance(error, SystemExit):
+    code, line = _outcome(error)
+    if group.fail(line):
+        if code == 1 and isinstance(error, Exception):
+            traceback.print_exception(error)
         peers.say(line)
-    sys.stdout.flush()
-    os._exit(code or 1)
+    else:
+        group.wait_for_end(0)  # another thread is about to end this process
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """Exit code, and what happened in one line."""
+    if isinstance(error, SystemExit):
+        return (error.code, f"exit code {error.code}") if isinstance(error.code, int) else (1, str(error.code))
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    line = " ".join(str(error).split()) or type(error).__name__
+    return (2 if isinstance(error, (ValueError, OSError, NotImplementedError)) else 1), line
 
 
 def _is_of_collective(error: BaseException) -> bool:
