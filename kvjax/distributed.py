@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from kvjax import __version__, peers
+from kvjax import __version__, links, peers
 
 JOIN_SECONDS = 50.0
 HEARTBEAT_SECONDS = 30
@@ -207,7 +207,7 @@ def _detect(
 def _free_port(host: str) -> int:
     """A port for JAX's service on this host."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1" if peers.is_loopback(host) else "", 0))
+        probe.bind(("127.0.0.1" if links.is_loopback(host) else "", 0))
         return probe.getsockname()[1]
 
 
@@ -220,7 +220,7 @@ def _start_jax(place: Place, port: int) -> None:
         f"{host}:{port}",
         place.processes,
         place.process,
-        coordinator_bind_address=f"{host}:{port}" if peers.is_loopback(place.host) else None,
+        coordinator_bind_address=f"{host}:{port}" if links.is_loopback(place.host) else None,
         initialization_timeout=int(JOIN_SECONDS),
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
