@@ -63,7 +63,7 @@ def init_cache(
       NotImplementedError: for methods that read in part (AlignedKV) where `seq` is not 1.
       ValueError: for sizes that make no cache, and for a policy fitted to another shape.
     """
-    shape = model if isinstance(model, CacheShape) else _shape_of(model)
+    shape = model if isinstance(model, CacheShape) else shape_of(model)
     dtype = dtype or (jnp.float32 if model is shape else model.dtype)
     policy.check(shape)
     if (
@@ -261,7 +261,8 @@ def _check_range(cache: KVCache) -> None:
             )
 
 
-def _shape_of(model: Any) -> CacheShape:
+def shape_of(model: Any) -> CacheShape:
+    """What a cache must know of a loaded model."""
     c = model.config
     return CacheShape(c.layers, c.q_heads, c.kv_heads, c.head_dim, model.rope, c.sliding_window)
 

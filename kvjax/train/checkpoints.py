@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from kvjax.saving.facts import differences
+from kvjax.saving.store import quiet
 from kvjax.train.step import TrainState
 
 
@@ -73,6 +75,7 @@ def _plain(state: TrainState) -> dict[str, Any]:
 @contextlib.contextmanager
 def open_checkpoints(folder: Path) -> Iterator[Checkpoints]:
     """Opens, or makes, a folder of checkpoints; leaving waits until the last one is whole."""
+    quiet()
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         yield Checkpoints(manager)
@@ -100,7 +103,7 @@ def check_identity(file: Path, identity: dict, resume: bool) -> dict:
     if not file.is_file():
         raise ValueError(f"`{file.parent}` holds no run to resume; leave --resume out to begin one.")
     stored = json.loads(file.read_text())
-    for key, now, before in _differences(json.loads(json.dumps(identity)), stored):
+    for key, now, before in differences(json.loads(json.dumps(identity)), stored):
         raise ValueError(
             f"`{file.parent}` was begun with {key}={before!r}, and now it is {now!r}; "
             f"resume with the same settings and texts, or give another --out."
@@ -114,18 +117,3 @@ def write_json(file: Path, content: dict) -> None:
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1))
     partial.rename(file)
-
-
-def _differences(now: Any, before: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Entries of `now` that differ in `before`, as (dotted key, now, before)."""
-    if isinstance(now, dict) and isinstance(before, dict):
-        for key in now:
-            yield from _differences(now[key], before.get(key), f"{path}.{key}" if path else key)
-        for key in before:
-            if path and key not in now:  # at the top, later entries of the file are no part of the identity
-                yield f"{path}.{key}", None, before[key]
-    elif isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
-        for index, pair in enumerate(zip(now, before)):
-            yield from _differences(*pair, f"{path}.{index}")
-    elif now != before:
-        yield path, now, before

@@ -1,0 +1,10 @@
+"""Saving and resuming, by Orbax: sharded, in the background, and never half.
+
+saving.save_cache(cache, "moby", tokens=tokens, model=model)             # pay for a long document once
+cache, tokens = saving.load_cache("moby", model, capacity=20_000, mesh=mesh)
+"""
+
+from kvjax.saving.caches import load_cache, load_policy, read_facts, save_cache
+from kvjax.saving.store import Saving, check_directory
+
+__all__ = ["Saving", "check_directory", "load_cache", "load_policy", "read_facts", "save_cache"]
