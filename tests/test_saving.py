@@ -308,6 +308,7 @@ def test_what_is_no_saved_cache_is_refused(tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
     ocp.StandardCheckpointer().save(tmp_path / "foreign" / "0", {"a": jnp.zeros(3)})
+    saving.save_model(small_model(), tmp_path / "model")
     saving.save_cache(random_cache("int4"), tmp_path / "future")
     metadata = tmp_path / "future" / "cache_1" / "facts" / "metadata"
     content = metadata.read_text()
@@ -318,6 +319,7 @@ def test_what_is_no_saved_cache_is_refused(tmp_path):
         "file": "is a file",
         "empty": "holds no saved cache (it has nothing)",
         "foreign": "holds no saved cache (it has 0",
+        "model": "holds no saved cache (it has model_1)",
         "future": "in format 7, and this version of kvjax reads 1",
     }.items():
         with pytest.raises((ValueError, FileNotFoundError)) as error:
@@ -380,6 +382,20 @@ def test_codecs_in_json():
         assert facts.to_codec(json.loads(json.dumps(facts.of_codec(codec)))) == codec
     with pytest.raises(ValueError, match="'sketch', which this version of kvjax has not"):
         facts.to_codec({"name": "sketch"})
+
+
+def test_weights_come_back_on_another_mesh(tmp_path):
+    model = small_model()
+    for source, sizes in ((model, "seq=4,tensor=2"), ("spread", "tensor=2"), ("spread", None)):
+        saving.save_model(spread if source == "spread" else source, tmp_path)
+        mesh = mesh_of(sizes)
+        spread = saving.load_model(tmp_path, mesh=mesh)
+        assert spread.config == model.config and spread.fingerprint == model.fingerprint
+        np.testing.assert_array_equal(spread.rope.inv_freq, model.rope.inv_freq)
+        for name, x in spread.state.items():
+            np.testing.assert_array_equal(np.asarray(x).view("u4"), np.asarray(model.state[name]).view("u4"))
+            if mesh:
+                assert x.sharding == sharding.model_shardings(model.config, mesh)[name]
 
 
 def test_blocks_change_places_in_place():
