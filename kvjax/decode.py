@@ -164,6 +164,7 @@ def generate(
     eos: tuple[int, ...] | None = None,
     attention: Literal["exact", "cached"] = "exact",
     on_token: Any = None,
+    on_prefill: Any = None,
 ) -> tuple[np.ndarray, KVCache]:
     """Prefills and samples.
 
@@ -178,6 +179,7 @@ def generate(
       eos: ids that end a row; None for the model's, () for none.
       on_token: called with `[B]` int32 after every token (streaming); rows that ended repeat their last token. Where
         there are many processes, each calls its own.
+      on_prefill: called with the cache when it holds the prompt, to save or to fork it; it is consumed afterwards.
 
     Returns:
       new tokens `[B, max_new_tokens]` int32, padded with the row's end-of-sequence token, and the cache, which holds
@@ -190,6 +192,8 @@ def generate(
     tokens, counts = _checked_tokens(cache, np.asarray(tokens), lengths, model.config.vocab)
     _cache.check_room(cache, counts + (max_new_tokens - 1))
     logits, cache = prefill(model, cache, tokens, counts, attention)
+    if on_prefill:
+        on_prefill(cache)
     key = jax.random.key(seed)
     token, done = _first_token(sampler, cache.mesh, logits, key, eos_ids)
     out = [token]

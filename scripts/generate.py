@@ -4,6 +4,11 @@ python scripts/generate.py --quant kvquant3
 python scripts/generate.py --mesh seq=4                     # over 4 devices
 python scripts/generate.py --mesh seq=16 --distributed      # on every host of a TPU pod, or under Slurm
 python scripts/generate.py --mesh seq=16 --distributed --coordinator HOST:8476 --processes 2 --process 0    # and 1
+
+A long document is read once, and asked about often:
+
+python scripts/generate.py --prompt-file moby-dick.txt --save-cache moby
+python scripts/generate.py --load-cache moby --prompt "The whale is called"
 """
 
 import argparse
@@ -17,6 +22,7 @@ import _mesh
 import jax
 import numpy as np
 from _cli import one_line_errors, versions
+from _saved import Saved, saved_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -31,9 +37,9 @@ PROMPT = "The captain looked out over the sea, and for a long time he did not sp
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help='"tiny", a directory in Hugging Face layout, or a hub id')
-    parser.add_argument("--quant", default="kvquant3", help="preset (%(default)s)")
+    parser.add_argument("--quant", help="preset (kvquant3; with --load-cache, what is saved)")
     parser.add_argument("--calibration", metavar="FILE", help="made by scripts/calibrate.py (found or made without)")
-    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="text to continue")
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue (one is built in)")
     parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (%(default)s)")
@@ -41,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--context", type=int, metavar="N", help="capacity in tokens (prompt and new tokens)")
+    parser.add_argument("--save-cache", metavar="DIR", help="save the cache there once it holds the prompt")
+    parser.add_argument("--load-cache", metavar="DIR", help="continue what is saved there with the prompt")
     parser.add_argument("--strict", action="store_true", help="fail where attention would run without a kernel")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     _mesh.add_arguments(parser)
@@ -53,25 +61,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, console: Console, joined: Run) -> dict[str, Any]:
-    prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
-    preset(args.quant)  # a misspelt preset is told before the model is loaded
+    saved = Saved(args)
+    prompt = PROMPT if args.prompt is None else args.prompt
+    if args.prompt_file:
+        prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+    if not args.load_cache:
+        preset(args.quant)  # a misspelt preset is told before the model is loaded
     mesh = _mesh.make(args, joined, prompt)
     with console.status("loading the model"):
         model = kvjax.load(args.model, mesh=mesh)
-        ids = np.asarray(model.tokenizer(prompt)["input_ids"], np.int32)[None]
+        saved.check(model)
+        ids = np.asarray(saved.tokenize(model.tokenizer, prompt), np.int32)[None]
     if not ids.size:
         raise ValueError("`prompt` is empty; give at least one token to continue.")
-    capacity = args.context or ids.shape[1] + args.max_new_tokens
-    if ids.shape[1] + args.max_new_tokens > capacity:
+    wanted = saved.length + ids.shape[1] + args.max_new_tokens
+    capacity = args.context or wanted
+    if wanted > capacity:
+        before = f"{args.load_cache} holds {saved.length} tokens, " if saved.length else ""
         raise ValueError(
-            f"`prompt` has {ids.shape[1]} tokens and --max-new-tokens {args.max_new_tokens} more are wanted, but "
-            f"--context is {capacity}; pass --context {ids.shape[1] + args.max_new_tokens} or shorten the prompt."
+            f"{before}`prompt` has {ids.shape[1]} tokens and --max-new-tokens {args.max_new_tokens} more are wanted, "
+            f"but --context is {capacity}; pass --context {wanted} or shorten the prompt."
         )
-    policy = kvjax.policy(args.quant, model, calibration=args.calibration)
+    policy = saved.policy(model)
     _mesh.check_same(joined, model, policy)
 
     def new_cache() -> kvjax.KVCache:
-        return init_cache(model, policy, batch=1, capacity=capacity, mesh=mesh)
+        return init_cache(model, policy, batch=1, capacity=capacity, mesh=mesh, **saved.form)
 
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     path = explain(new_cache(), strict=args.strict)
@@ -80,25 +95,33 @@ def run(args: argparse.Namespace, console: Console, joined: Run) -> dict[str, An
     with console.status("compiling"):
         generate(model, new_cache(), ids, max_new_tokens=min(2, args.max_new_tokens), eos=never, **sampling)
     compiled = time.perf_counter()
+    cache = saved.load(model, policy, capacity, mesh=mesh) or new_cache()
     stream = Stream(model.tokenizer, prompt, sys.stdout if joined.main else None)
-    _, cache = generate(model, new_cache(), ids, max_new_tokens=args.max_new_tokens, on_token=stream.take, **sampling)
+    hooks: dict[str, Any] = {"on_token": stream.take, "on_prefill": saved.keeper(model, ids)}
+    begin = time.perf_counter()
+    with saved:
+        _, cache = generate(model, cache, ids, max_new_tokens=args.max_new_tokens, **hooks, **sampling)
     stream.finish()
-    seconds = np.diff([compiled, *stream.times])
+    seconds = np.diff([begin + saved.waited, *stream.times])
     bf16 = kvjax.policy("bf16", model)
     uncompressed = jax.eval_shape(lambda: init_cache(model, bf16, batch=1, capacity=capacity, mesh=mesh))
-    report = {
-        "text": stream.text,
-        "quant": args.quant,
-        "bits_per_element": bits_per_element(cache),
-        "bits_read_per_element": (bits_read(cache) or {}).get("all"),
-        "cache_bytes": nbytes(cache),
-        "bf16_bytes": nbytes(uncompressed),
-        "prefill_tokens_per_s": ids.shape[1] / seconds[0],
-        "decode_tokens_per_s": len(seconds[1:]) / seconds[1:].sum() if len(seconds) > 1 else None,
-        "path": path,
-        "platform": f"{jax.default_backend()} ({jax.devices()[0].device_kind})",
-        "versions": versions(),
-    } | _mesh.report(args, cache)
+    report = (
+        {
+            "text": stream.text,
+            "quant": args.quant,
+            "bits_per_element": bits_per_element(cache),
+            "bits_read_per_element": (bits_read(cache) or {}).get("all"),
+            "cache_bytes": nbytes(cache),
+            "bf16_bytes": nbytes(uncompressed),
+            "prefill_tokens_per_s": ids.shape[1] / seconds[0],
+            "decode_tokens_per_s": len(seconds[1:]) / seconds[1:].sum() if len(seconds) > 1 else None,
+            "path": path,
+            "platform": f"{jax.default_backend()} ({jax.devices()[0].device_kind})",
+            "versions": versions(),
+        }
+        | _mesh.report(args, cache)
+        | saved.report
+    )
     show(report, console, cache, compiled - start, ids.shape[1], len(stream.tokens))
     return report
 
@@ -146,6 +169,7 @@ def show(report: dict, console: Console, cache: kvjax.KVCache, compile_s: float,
         "outliers": f"{statistics(cache)['dropped_outliers']} found no slot",
         "prefill": f"{prompt} tokens, {report['prefill_tokens_per_s']:.0f} tokens/s",
         "decode": f"{new} tokens" + (f", {s:.0f} tokens/s" if (s := report["decode_tokens_per_s"]) else ""),
+        **saved_rows(report),
         "compiled": f"in {compile_s:.1f} s on {report['platform']}",
     }
     for name, value in rows.items():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvjax import decode
+import kvjax
+from kvjax import decode, saving
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -37,6 +38,46 @@ def test_report(main, tmp_path, capsys):
     assert "4.25 bits per element" in out.err and "reference (chunked jnp)" in out.err
 
 
+def test_a_document_is_read_once_and_asked_about(main, tmp_path, capsys):
+    text, question = "The captain looked out over the sea. " * 20, "And then"
+    saved, report = str(tmp_path / "saved"), tmp_path / "report.json"
+    common = ["--max-new-tokens", "8", "--temperature", "0", "--json", str(report)]
+    assert main(["--quant", "int4", "--prompt", text, "--save-cache", saved, *common]) == 0
+    first = json.loads(report.read_text())
+    tokens = first["saved"]["tokens"]
+    assert first["saved"]["bytes"] > 0 and first["saved"]["seconds"] >= first["saved"]["seconds_waited"] > 0
+    assert f"{tokens:,} tokens" in capsys.readouterr().err
+    assert main(["--load-cache", saved, "--prompt", question, *common]) == 0
+    answer = json.loads(report.read_text())
+    assert answer["loaded"]["tokens"] == tokens and answer["quant"] == "int4"
+    assert capsys.readouterr().out == f"{question}{answer['text']}\n"
+
+    model = kvjax.load("tiny")
+    cache, held = saving.load_cache(saved, model, capacity=tokens + 30)
+    assert held.tolist() == [model.tokenizer(text)["input_ids"]]
+    ids = model.tokenizer(question, add_special_tokens=False)["input_ids"]
+    new, _ = decode.generate(model, cache, [ids], max_new_tokens=8)
+    assert model.tokenizer.decode(new[0], skip_special_tokens=True) == answer["text"]
+
+    for arguments, message in [
+        (["--prompt", "a", "--quant", "kivi2"], "`--quant kivi2`: the cache in "),
+        ([], "give --prompt or --prompt-file with what follows"),
+        (["--prompt", "a", "--calibration", "x"], "`--calibration`: a saved cache has its constants with it"),
+        (["--prompt", "a", "--context", "9"], f"holds {tokens} tokens, `prompt` has 1 tokens"),
+    ]:
+        refused(main, ["--load-cache", saved, *arguments], message, capsys)
+    refused(main, ["--load-cache", str(tmp_path), "--prompt", "a"], "holds no saved cache", capsys)
+    refused(main, ["--save-cache", str(report)], "is a file", capsys)
+
+
+def refused(main, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -54,8 +95,4 @@ def test_report(main, tmp_path, capsys):
 def test_bad_input_is_one_line_and_exit_code_2(main, tmp_path, capsys, arguments, message):
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"\x10\x00\x00")
-    with pytest.raises(SystemExit) as stop:
-        main([a.format(damaged=damaged) for a in arguments])
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2
-    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+    refused(main, [a.format(damaged=damaged) for a in arguments], message, capsys)
