@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.formats import (
     Affine,
@@ -31,7 +32,7 @@ from pallas_kernels.decode_attention.tpu_codebook import (
     check_codebook_keys,
 )
 from pallas_kernels.decode_attention.tpu_dense import DenseKeys, DenseValues
-from pallas_kernels.decode_attention.tpu_plan import BF16_ARITHMETIC, LANES, UNROLLED_TOKENS, Plan, make_plan
+from pallas_kernels.decode_attention.tpu_plan import BF16_ARITHMETIC, INT8_PRODUCTS, LANES, SUBLANES, Plan, make_plan
 from pallas_kernels.decode_attention.tpu_skeleton import decode
 
 CHIPS = ("v5e", "v5p", "v6e", "7x")
@@ -102,14 +103,18 @@ def decode_attention(
     interpret: Any = False,
 ) -> Partial:
     """As `api.decode_attention`."""
-    plan = make_plan(k, v, q.shape[2], chip)
-    key_plan, value_plan = (_unrolled(plan, _overlapped(name, x, chip)) for name, x in (("keys", k), ("values", v)))
+    views = not isinstance(interpret, pltpu.InterpretParams)
+    plan = dataclasses.replace(make_plan(k, v, q.shape[2], chip), views=views)
+    key_plan, value_plan = (_unrolled(plan, name, x, chip) for name, x in (("keys", k), ("values", v)))
     keys: Any = CodebookKeys(k, key_plan, rotation, first) if isinstance(k, Codebook) else KEYS[type(k)](k, key_plan)
     values = VALUES[type(v)](v, value_plan)
     return decode(q, keys, values, plan, layer, first, last, interpret)
 
 
-def _unrolled(plan: Plan, tokens: int) -> Plan:
+def _unrolled(plan: Plan, name: str, x: Format, chip: str) -> Plan:
+    tokens = _overlapped(name, x, chip)
+    if isinstance(x, Affine):  # more registers per token
+        tokens //= plan.rows // SUBLANES * (plan.channels // LANES)
     return dataclasses.replace(plan, unroll=math.gcd(plan.unroll, max(1, tokens // plan.run_tokens)))
 
 
@@ -117,12 +122,19 @@ def _overlapped(name: str, x: Format, chip: str) -> int:
     """Tokens that one iteration overlaps: the scheduler gains by more until registers spill, sooner in values."""
     if isinstance(x, Codebook):
         # Look-ups need many registers, with 2 and 3 bits in float32 the most.
-        return 256 if name == "keys" and x.bits < 4 and chip not in BF16_ARITHMETIC else 1024
-    if name == "keys" or not isinstance(x, Affine):
-        return UNROLLED_TOKENS
-    if chip in BF16_ARITHMETIC:
-        return 1024 if x.scale.shape[-2] > 1 else 2048
-    return 1024 if x.bits == 8 else 2048
+        if name == "keys" and chip in BF16_ARITHMETIC:
+            return 512 if x.bits == 2 and not x.slots else 1024
+        return 256 if name == "keys" and x.bits < 4 else 1024
+    if not isinstance(x, Affine):
+        return 2048 if isinstance(x, Dense) and x.dtype == "float16" else 4096
+    groups = x.scale.shape[-2]
+    if chip not in INT8_PRODUCTS:
+        if name == "keys":
+            return 4096
+        return 1024 if (groups > 1 and chip in BF16_ARITHMETIC) or x.bits == 8 else 2048
+    if name == "keys":
+        return 4096 if groups > 2 and (chip in BF16_ARITHMETIC or x.bits == 8) else 8192
+    return 2048 if x.bits == 1 else 4096
 
 
 def affine_keys(fmt: Affine, plan: Plan) -> KeysPerChannel | KeysPerToken:

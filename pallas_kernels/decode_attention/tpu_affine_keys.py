@@ -16,23 +16,17 @@ from pallas_kernels.decode_attention.formats import Affine
 from pallas_kernels.decode_attention.tpu_metadata import (
     by_copy,
     float_scratch,
+    largest,
     read_floats,
     split,
     store_floats,
+    take_lanes,
 )
 from pallas_kernels.decode_attention.tpu_plan import LANES, Plan
+from pallas_kernels.decode_attention.tpu_products import RoundedQueries, query_rows, splat
 from pallas_kernels.decode_attention.tpu_rows import SingleRows, read_single, single_rows, single_scratch
 from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Refs, Step
 from pallas_kernels.decode_attention.tpu_token_metadata import TokenMetadata
-
-
-def products(q: jax.Array, operands: list[jax.Array], encoding: codes.Encoding) -> jax.Array:
-    """`[rows, tokens]`: `q[rows, H]` times the operands of `encoding`."""
-    parts = []
-    for weight, operand in zip(encoding.weights, operands):
-        part = lax.dot_general(q, operand, CONTRACT_LANES, preferred_element_type=jnp.float32)
-        parts.append(part if weight == 1 else weight * part)
-    return sum(parts[1:], parts[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,38 +79,42 @@ class KeysPerChannel(_AffineKeys):
 
     def _split(self, refs: Refs) -> tuple[Refs, Refs, Refs, Refs]:
         """Constants, operands of the metadata, scratch, and that of single rows."""
-        count = 4 + (sum(x.count for x in self.single) or 2)
-        return refs[1:4], refs[4:count], refs[count : count + 5], refs[count + 5 :]
+        count = 3 + (sum(x.count for x in self.single) or 2)
+        own = count + len(self._own_scratch())
+        return refs[1:3], refs[3:count], refs[count:own], refs[own:]
+
+    @property
+    def queries(self) -> RoundedQueries:
+        rows = self.groups // self.copies * self.plan.rows
+        return query_rows(self.encoding, self.plan.unroll, rows, self.plan.channels)
 
     def operands(self):
         rows, tokens = self.plan.rows, self.plan.run_tokens
-        group = self.order // (tokens // self.groups)  # at each position
-        spread = np.arange(LANES)[:, None] == group
+        group = self.group
         copy = np.arange(rows)[:, None] // (rows // self.copies)
         choices = (np.broadcast_to(group, (rows, tokens)), (copy - group) % self.copies)
-        metadata = [self.plan.stored(x) for x in (self.fmt.scale, self.fmt.zero)]
+        metadata = [self.plan.stored(x, whole=True) for x in (self.fmt.scale, self.fmt.zero)]
         if self.single:
             metadata = [operand for x in self.single for operand in x.operands()]
         return [
             self.plan.stored(self.fmt.codes),
-            self.plan.constant(jnp.asarray(spread, jnp.bfloat16)),
             *(self.plan.constant(x.astype(np.int32)) for x in choices),
             *metadata,
         ]
 
-    def scratch(self):
-        """Scales and zeros, both parts of the scores that no code enters, and scaled queries, of an iteration."""
-        plan, rows = self.plan, self.groups // self.copies * self.plan.rows
+    def _own_scratch(self) -> list[Any]:
+        """Scales and zeros, the part of the scores that no code enters, and scaled queries, of an iteration."""
+        plan = self.plan
         metadata = float_scratch(plan.unroll * self.groups, plan.channels)
-        shared = pltpu.VMEM((plan.unroll, plan.rows, plan.run_tokens), jnp.float32)
-        scaled = pltpu.VMEM((plan.unroll, rows, plan.channels), jnp.bfloat16)
-        single = single_scratch(self.single) if self.single else []
-        return [metadata, metadata, shared, scaled, pltpu.VMEM((plan.unroll, rows, LANES), jnp.float32), *single]
+        shared = pltpu.VMEM((plan.rows, pl.cdiv(plan.unroll * self.groups, LANES) * LANES), jnp.float32)
+        return [metadata, metadata, shared, *self.queries.scratch()]
+
+    def scratch(self):
+        return [*self._own_scratch(), *(single_scratch(self.single) if self.single else [])]
 
     def expand(self, refs: Refs, i: jax.Array) -> None:
         """Scales and zeros of one iteration's runs, as float32."""
         blocks = self.plan.unroll * self.plan.unit
-        rows = self.plan.unroll * self.groups
         _, operands, scratch, single = self._split(refs)
         if self.single:
             for x, out in zip(single_rows(single, i * blocks, blocks), scratch):
@@ -124,70 +122,85 @@ class KeysPerChannel(_AffineKeys):
                     out[n] = x[:, n * LANES : (n + 1) * LANES]
             return
         for ref, out in zip(operands, scratch):
-            bits = ref[pl.ds(i * blocks, blocks)].reshape(rows, self.plan.channels)
-            store_floats(bits, self.fmt.dtype, out)
+            store_floats(ref, i * blocks, self.plan, self.fmt.dtype, out)
 
-    def shared_part(self, spread: jax.Array, scratch: Refs, q: jax.Array) -> None:
-        """The part of the scores that does not depend on codes, for one iteration's runs.
+    def shared_part(self, scratch: Refs, q: jax.Array) -> None:
+        """The part of the scores that does not depend on codes, a lane for each group of one iteration's runs.
 
         In 16 bits and not in 8, since what the tokens of a group share does not average out.
         """
         scale_ref, zero_ref, out_ref = scratch
-        unroll, rows = self.plan.unroll, self.plan.rows
-        zero = read_floats(zero_ref) + jnp.float32(self.encoding.middle) * read_floats(scale_ref)
-        if zero.shape[0] < LANES:
-            zero = jnp.concatenate([zero, jnp.zeros((LANES - zero.shape[0], zero.shape[1]), zero.dtype)], axis=0)
+        rows = self.plan.rows
+        zero = read_floats(zero_ref)
+        if self.encoding.middle:
+            zero = zero + jnp.float32(self.encoding.middle) * read_floats(scale_ref)
+        if missing := out_ref.shape[1] - zero.shape[0]:
+            zero = jnp.concatenate([zero, jnp.zeros((missing, zero.shape[1]), zero.dtype)], axis=0)
         queries = jnp.concatenate(split(q), axis=0)
         parts = [lax.dot_general(queries, x, CONTRACT_LANES, preferred_element_type=jnp.float32) for x in split(zero)]
         both = parts[0] + parts[1]
-        words = pltpu.bitcast(jnp.concatenate(split(both[:rows] + both[rows:]), axis=0), jnp.int32)
-        # Each run's groups to the lanes of `spread` that are not 0.
-        turned = [pltpu.roll(words, (LANES - j * self.groups) % LANES, axis=1) if j else words for j in range(unroll)]
-        stacked = pltpu.bitcast(jnp.concatenate(turned, axis=0), jnp.bfloat16)
-        part = jnp.dot(stacked, spread, preferred_element_type=jnp.float32).reshape(unroll, 2, rows, -1)
-        out_ref[...] = part[:, 0] + part[:, 1]
+        out_ref[...] = both[:rows] + both[rows:]
 
     def start(self, refs: Refs, q: jax.Array) -> None:
         pass
 
     def chunk(self, refs: Refs, step: Step, q: jax.Array) -> None:
-        _, operands, _, single = self._split(refs)
+        _, operands, (_, _, _, *queries), single = self._split(refs)
         if self.single:
             read_single(self.single, operands, single, step)
+        if not self.encoding.integer:
+            return
+        if self.single:
+            scale = single_rows(single, jnp.int32(0), self.plan.chunk_blocks)[0]
+            scale = jnp.abs(scale).max(axis=0, keepdims=True)
+        else:
+            scale = largest(operands[0], self.fmt.dtype, self.plan)
+        self.queries.bound(queries, jnp.abs(q * scale).max(keepdims=True))
 
     def prepare(self, refs: Refs, i: jax.Array, q: jax.Array) -> None:
-        constants, _, scratch, _ = self._split(refs)
-        scale_ref, _, _, scaled_ref, offset_ref = scratch
+        _, _, (scale_ref, zero_ref, shared_ref, *queries), _ = self._split(refs)
         self.expand(refs, i)
-        self.shared_part(constants[0][...], scratch[:3], q)
-        q = q * jnp.float32(1 / self.encoding.gain)
+        self.shared_part((scale_ref, zero_ref, shared_ref), q)
+        q = self.queries.factor(queries, q)
         for j in range(self.plan.unroll):
             rows = []
             for m in range(0, self.groups, self.copies):
                 at = j * self.groups + m
                 scale = [read_floats(scale_ref, slice(at + c, at + c + 1)) for c in range(self.copies)]
                 rows.append(q * by_copy(scale, self.plan.rows))
-            scaled = jnp.concatenate(rows, axis=0).astype(jnp.bfloat16)
-            scaled_ref[j] = scaled
-            if not self.encoding.offset:
-                continue
-            held = scaled.astype(jnp.float32).sum(axis=1, keepdims=True)
-            offset_ref[j] = jnp.broadcast_to(jnp.float32(-self.encoding.offset) * held, offset_ref.shape[1:])
+            self.queries.put(queries, j, jnp.concatenate(rows, axis=0))
 
     def scores(self, refs: Refs, run: jax.Array, place: int) -> jax.Array:
-        (_, group_ref, shift_ref), _, (_, _, shared_ref, scaled_ref, offset_ref), _ = self._split(refs)
-        height, copies = self.plan.rows, self.copies
-        parts = products(scaled_ref[place], self.encoding.operands(self.words(refs, run)), self.encoding)
-        if self.encoding.offset:
-            parts += jnp.concatenate([offset_ref[place]] * (self.plan.run_tokens // LANES), axis=1)
-        score = parts[:height]
-        for m in range(1, self.groups // copies):
-            score = jnp.where(group_ref[...] >= m * copies, parts[m * height : (m + 1) * height], score)
-        chosen = score
-        for c in range(1, copies):
-            rolled = pltpu.roll(score, c * (height // copies), axis=0)
-            chosen = jnp.where(shift_ref[...] == c, rolled, chosen)
-        return chosen + shared_ref[place]
+        (group_ref, shift_ref), _, (_, _, shared_ref, *queries), _ = self._split(refs)
+        parts = self.queries.products(queries, place, self.words(refs, run))
+        inverse = self.queries.inverse(queries)
+        scores = []
+        for n in range(self.plan.run_tokens // LANES):
+            lanes = slice(n * LANES, (n + 1) * LANES)
+            group = group_ref[:, lanes]
+            score = self.queries.combine([self._own_group(x[:, lanes], group, n) for x in parts])
+            chosen = score
+            for c in range(1, self.copies):
+                rolled = pltpu.roll(score, c * (self.plan.rows // self.copies), axis=0)
+                chosen = jnp.where(shift_ref[:, lanes] == c, rolled, chosen)
+            chosen = chosen if inverse is None else chosen * splat(inverse, chosen.shape)
+            scores.append(chosen + self._shared(shared_ref, group, place * self.groups))
+        return jnp.concatenate(scores, axis=1)
+
+    def _shared(self, ref: Any, group: jax.Array, first: int) -> jax.Array:
+        """`[R, 128]`: the part of the scores that tokens of a group share, of a run with group `first` and on."""
+        tile, lane = divmod(first, LANES)
+        assert lane + self.groups <= LANES
+        return take_lanes(ref[:, tile * LANES : (tile + 1) * LANES], group + jnp.int32(lane))
+
+    def _own_group(self, part: jax.Array, group: jax.Array, tile: int) -> jax.Array:
+        """`[R, 128]` of `part[groups / copies * R, 128]`: of each token the rows with its group."""
+        height = self.plan.rows
+        first, *others = sorted(set(self.group[tile * LANES : (tile + 1) * LANES] // self.copies))
+        chosen = part[first * height : (first + 1) * height]
+        for m in others:
+            chosen = jnp.where(group >= int(m) * self.copies, part[m * height : (m + 1) * height], chosen)
+        return chosen
 
 
 class KeysPerToken(_AffineKeys):
@@ -207,43 +220,41 @@ class KeysPerToken(_AffineKeys):
     def operands(self):
         return [self.plan.stored(self.fmt.codes), *self.metadata.operands()]
 
+    @property
+    def queries(self) -> RoundedQueries:
+        return query_rows(self.encoding, 1, self.groups * self.plan.rows, self.plan.channels)
+
     def scratch(self) -> list[Any]:
-        rows = self.groups * self.plan.rows
-        queries = pltpu.VMEM((rows, self.plan.channels), jnp.bfloat16)
-        return [queries, *(pltpu.VMEM((rows, LANES), jnp.float32) for _ in range(2)), *self.metadata.scratch()]
+        sums = pltpu.VMEM((self.groups * self.plan.rows, LANES), jnp.float32)
+        return [sums, *self.queries.scratch(), *self.metadata.scratch()]
 
     def _split(self, refs: Refs) -> tuple[Refs, Refs, Refs]:
         """Operands of the metadata, own scratch, and that of the metadata."""
         count = 1 + self.metadata.count
-        return refs[1:count], refs[count : count + 3], refs[count + 3 :]
+        own = count + 1 + len(self.queries.scratch())
+        return refs[1:count], refs[count:own], refs[own:]
 
     def start(self, refs: Refs, q: jax.Array) -> None:
-        q_ref, offset_ref, sum_ref = self._split(refs)[1]
+        sum_ref, *queries = self._split(refs)[1]
         channel = lax.broadcasted_iota(jnp.int32, q.shape, 1)
         size = self.plan.channels // self.groups
         masked = [jnp.where((channel >= j * size) & (channel < (j + 1) * size), q, 0.0) for j in range(self.groups)]
         rows = jnp.concatenate(masked, axis=0)
-        q_ref[...] = (rows * jnp.float32(1 / self.encoding.gain)).astype(jnp.bfloat16)
-        held = q_ref[...].astype(jnp.float32).sum(axis=1, keepdims=True) * jnp.float32(self.encoding.offset)
-        offset_ref[...] = jnp.broadcast_to(held, offset_ref.shape)
+        self.queries.bound(queries, jnp.abs(rows).max(keepdims=True))
+        self.queries.put(queries, 0, self.queries.factor(queries, rows))
         sum_ref[...] = jnp.broadcast_to(rows.sum(axis=1, keepdims=True), sum_ref.shape)
 
     def chunk(self, refs: Refs, step: Step, q: jax.Array) -> None:
-        operands, _, scratch = self._split(refs)
-        self.metadata.chunk(operands, scratch, step)
+        operands, (_, *queries), scratch = self._split(refs)
+        self.metadata.chunk(operands, scratch, step, lambda _: self.queries.inverse(queries))
 
-    def prepare(self, refs: Refs, i: jax.Array, q: jax.Array) -> None:
-        operands, _, scratch = self._split(refs)
-        self.metadata.prepare(operands, scratch, i)
-
-    def scores(self, refs: Refs, run: jax.Array, place: int) -> jax.Array:
-        _, (q_ref, offset_ref, sum_ref), (scale_ref, zero_ref, *_) = self._split(refs)
-        product = products(q_ref[...], self.encoding.operands(self.words(refs, run)), self.encoding)
+    def scores(self, refs: Refs, run: jax.Array) -> jax.Array:
+        _, (sum_ref, *queries), (scale_ref, zero_ref, *_) = self._split(refs)
+        product = self.queries.combine(self.queries.products(queries, 0, self.words(refs, run)))
         score = jnp.zeros((self.plan.rows, self.plan.run_tokens), jnp.float32)
         for j in range(self.groups):
             rows = slice(j * self.plan.rows, (j + 1) * self.plan.rows)
-            part = product[rows] - offset_ref[rows, :1] if self.encoding.offset else product[rows]
-            score += part * self.metadata.row(scale_ref, place, j) + sum_ref[rows, :1] * self.metadata.row(
-                zero_ref, place, j
-            )
+            sums = jnp.concatenate([sum_ref[rows]] * (self.plan.run_tokens // LANES), axis=1)
+            score += product[rows] * self.metadata.row(scale_ref, run, j)
+            score += sums * self.metadata.row(zero_ref, run, j)
         return score

@@ -13,6 +13,7 @@ from pallas_kernels.decode_attention import tpu_codes as codes
 from pallas_kernels.decode_attention.formats import Affine
 from pallas_kernels.decode_attention.tpu_metadata import by_copy
 from pallas_kernels.decode_attention.tpu_plan import Plan
+from pallas_kernels.decode_attention.tpu_products import RoundedWeights, weight_rows
 from pallas_kernels.decode_attention.tpu_skeleton import Loaded, Refs, Step
 from pallas_kernels.decode_attention.tpu_token_metadata import TokenMetadata
 
@@ -23,8 +24,7 @@ class ValuesPerToken:
 
     Weights times the scales of each group of channels are the rows of one product; the sums keep, at the end, each
     group's channels. Where a kv head has few queries, the rows of a register hold copies of them, and each copy takes
-    another group. Beside the products stand sums of weights times zeros, per token until the end, and of the scaled
-    weights as they were rounded, for the operands' offset.
+    another group. Beside the products stand sums of weights times zeros, per token until the end.
     """
 
     fmt: Affine
@@ -55,52 +55,55 @@ class ValuesPerToken:
         return [self.plan.stored(self.fmt.codes), *self.metadata.operands()]
 
     def scratch(self):
-        return self.metadata.scratch()
+        return [*self.products.scratch(), *self.metadata.scratch()]
+
+    @property
+    def products(self) -> RoundedWeights:
+        rows = self.groups // self.copies * self.plan.rows
+        return weight_rows(self.encoding, rows, self.plan.channels, self.plan.run_tokens)
 
     def accumulators(self):
-        rows = self.groups // self.copies * self.plan.rows
-        sums = [(rows, self.plan.channels), (rows, self.plan.run_tokens)]
-        return [*sums, (rows, self.plan.run_tokens)] if self.encoding.offset else sums
+        return [self._zero_shape, *self.products.shapes()]
+
+    @property
+    def _zero_shape(self) -> tuple[int, int]:
+        """Of the sums of weights times zeros, per token until the end."""
+        return self.groups // self.copies * self.plan.rows, self.plan.run_tokens
 
     def start(self, refs: Refs) -> None:
         pass
 
-    def _split(self, refs: Refs) -> tuple[Refs, Refs]:
-        """Operands and scratch of the metadata."""
+    def _split(self, refs: Refs) -> tuple[Refs, Refs, Refs]:
+        """Operands of the metadata, scratch of the products, and that of the metadata."""
         count = 1 + self.metadata.count
-        return refs[1:count], refs[count:]
+        own = count + len(self.products.scratch())
+        return refs[1:count], refs[count:own], refs[own:]
 
     def chunk(self, refs: Refs, step: Step) -> None:
-        self.metadata.chunk(*self._split(refs), step)
+        operands, own, scratch = self._split(refs)
+        self.metadata.chunk(operands, scratch, step, lambda largest: self.products.bound(own, largest))
 
-    def prepare(self, refs: Refs, i: jax.Array) -> None:
-        self.metadata.prepare(*self._split(refs), i)
+    def zeros(self) -> Loaded:
+        return jnp.zeros(self._zero_shape, jnp.float32), *self.products.zeros()
 
-    def add(self, refs: Refs, run: jax.Array, place: int, p: jax.Array, sums: Loaded) -> Loaded:
+    def add(self, refs: Refs, run: jax.Array, p: jax.Array, sums: Loaded) -> Loaded:
         words = refs[0][pl.ds(run * self.plan.unit, self.plan.unit)]
         scaled, zeros = (
-            jnp.concatenate([p * self._rows(ref, place, m) for m in range(0, self.groups, self.copies)], axis=0)
-            for ref in self._split(refs)[1][:2]
+            jnp.concatenate([p * self._rows(ref, run, m) for m in range(0, self.groups, self.copies)], axis=0)
+            for ref in self._split(refs)[2][:2]
         )
-        scaled = scaled.astype(jnp.bfloat16)
-        products = sums[0]
-        for weight, operand in zip(self.encoding.weights, self.encoding.operands(words)):
-            product = jnp.dot(scaled, operand, preferred_element_type=jnp.float32)
-            products += product if weight == 1 else weight * product
-        if not self.encoding.offset:
-            return products, sums[1] + zeros
-        return products, sums[1] + zeros, sums[2] + scaled.astype(jnp.float32)
+        return sums[0] + zeros, *self.products.add(scaled, words, sums[1:])
 
-    def _rows(self, ref, place: int, first: int) -> jax.Array:
-        rows = [self.metadata.row(ref, place, first + c) for c in range(self.copies)]
+    def collect(self, refs: Refs, sums: Loaded) -> Loaded:
+        return sums[0], *self.products.collect(self._split(refs)[1], sums[1:])
+
+    def _rows(self, ref, run: jax.Array, first: int) -> jax.Array:
+        rows = [self.metadata.row(ref, run, first + c) for c in range(self.copies)]
         return by_copy(rows, self.plan.rows)
 
     def finish(self, refs: Refs, sums: Loaded) -> jax.Array:
         rows, channels = self.plan.rows, self.plan.channels
-        products = sums[0]
-        if self.encoding.offset:
-            products -= jnp.float32(self.encoding.offset) * sums[2].sum(axis=1, keepdims=True)
-        products = products * jnp.float32(1 / self.encoding.gain) + sums[1].sum(axis=1, keepdims=True)
+        products = self.products.finish(sums[1:]) + sums[0].sum(axis=1, keepdims=True)
         out = products[:rows]
         channel = lax.broadcasted_iota(jnp.int32, (rows, channels), 1)
         for j in range(1, self.groups):

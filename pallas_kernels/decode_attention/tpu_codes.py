@@ -1,19 +1,20 @@
-"""Packed codes as bfloat16 matrix operands, and the order of tokens that comes with each way of making them.
+"""Packed codes as matrix operands, and the order of tokens that comes with each way of making them.
 
-An operand holds `gain * (code - middle) + offset`, exactly. Codes are centred because what multiplies them is rounded
-to bfloat16: the error grows with the size of the operand.
+An operand holds `gain * (code - middle) + offset`, exactly. Codes are centred where what multiplies them is rounded to
+bfloat16: the error grows with the size of the operand.
 """
 
 import abc
 import dataclasses
 import itertools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.tpu_plan import BF16_ARITHMETIC, SUBLANES
+from pallas_kernels.decode_attention.tpu_plan import BF16_ARITHMETIC, INT8_PRODUCTS, SUBLANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,11 @@ class Encoding(abc.ABC):
     Attributes:
       weights: what each of the operands counts for; several where one bfloat16 cannot hold a code.
       offset: the operand of the middle code, times the weights; exact in bfloat16.
+      integer: whether operands are int8, to be multiplied by integers (`tpu_products`), and not bfloat16.
     """
 
     bits: int
+    integer: ClassVar[bool] = False
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -52,7 +55,7 @@ class Encoding(abc.ABC):
         """Per weight, consecutive rows of the operand of `words[W, H]`, which fill whole sublanes."""
 
     def operands(self, words: jax.Array) -> list[jax.Array]:
-        """Per weight `[blocks * T, H]` bfloat16 of `words[blocks, W, H]` uint32, tokens in `order`."""
+        """Per weight `[blocks * T, H]` of `words[blocks, W, H]` uint32, tokens in `order`."""
         blocks, rows, channels = words.shape
         together = blocks_together(blocks, rows)
         parts = [
@@ -154,7 +157,41 @@ class Signed(Encoding):
         return [[pltpu.bitcast(x, jnp.int4).astype(jnp.bfloat16) for x in out]]
 
 
+class Bytes(Encoding):
+    """A code in each byte, for the int8 matrix units of v5e, v5p and v6e: a shift and an and make 4096 operands."""
+
+    integer = True
+
+    @property
+    def middle(self) -> float:
+        return 128.0 if self.bits == 8 else 0.0
+
+    @property
+    def gain(self) -> float:
+        return 1.0
+
+    @property
+    def offset(self) -> float:
+        return 0.0
+
+    def order(self, blocks: int, tokens: int) -> np.ndarray:
+        rows, fields = tokens * self.bits // 32, 8 // self.bits
+        together = blocks_together(blocks, rows)
+        sizes = (blocks // together, fields, together, rows, 4)
+        run, field, block, row, byte = np.meshgrid(*(np.arange(n) for n in sizes), indexing="ij")
+        return ((run * together + block) * tokens + (byte * fields + field) * rows + row).ravel()
+
+    def pieces(self, words: jax.Array) -> list[list[jax.Array]]:
+        if self.bits == 8:
+            return [[pltpu.bitcast(words ^ jnp.uint32(0x80808080), jnp.int8)]]
+        mask = jnp.uint32(((1 << self.bits) - 1) * 0x01010101)
+        shifts = range(0, 8, self.bits)
+        return [[pltpu.bitcast((words >> jnp.uint32(at) if at else words) & mask, jnp.int8) for at in shifts]]
+
+
 def encoding(bits: int, chip: str) -> Encoding:
+    if chip in INT8_PRODUCTS:
+        return Bytes(bits)
     return (Signed if chip in BF16_ARITHMETIC else HalfWords)(bits)
 
 

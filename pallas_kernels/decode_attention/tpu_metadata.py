@@ -1,15 +1,20 @@
 """Scales and zeros on TPU: 16-bit floats by integer operations."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.tpu_plan import LANES
+from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES, Plan
 
 HIGH_HALF = -65536
+MAGNITUDE = 0x7FFF0000
+LARGEST_PIECE = 32  # blocks
 
 
 def float_scratch(rows: int, width: int) -> Any:
@@ -17,17 +22,34 @@ def float_scratch(rows: int, width: int) -> Any:
     return pltpu.VMEM((pl.cdiv(width, LANES), rows, min(width, LANES)), jnp.float32)
 
 
-def store_floats(bits: jax.Array, dtype: str, ref: Any) -> None:
-    """Writes 16-bit floats `bits[rows, width]` as float32 to `float_scratch`; TPU has no float16."""
-    rows, width = bits.shape
+def viewed(ref: Any) -> Any:
+    """16-bit `ref[1, 1, blocks, 1, rows, 128]` as int32 `[blocks * rows / 2, 128]`: as pairs of rows lie in memory."""
+    blocks, rows = ref.shape[2], ref.shape[4]
+    return ref.bitcast(jnp.int32).reshape(blocks * rows // 2, LANES)
+
+
+def words(ref: Any, first: Any, blocks: int, plan: Plan) -> jax.Array:
+    """int32 `[blocks * rows / 2, width]` of 16-bit `ref[1, 1, blocks, 1, rows, width]`: rows 2i, 2i + 1 above them."""
+    rows, width = ref.shape[4:]
+    if width == LANES and plan.views:
+        return viewed(ref)[pl.ds(first * (rows // 2), blocks * rows // 2)]
+    return pltpu.bitcast(ref[0, 0, pl.ds(first, blocks), 0].reshape(blocks * rows, width), jnp.int32)
+
+
+def store_floats(source: Any, first: Any, plan: Plan, dtype: str, ref: Any) -> None:
+    """Writes an iteration's 16-bit floats of `source[1, 1, blocks, 1, rows, width]` as float32 to `float_scratch`."""
+    rows, width = source.shape[4:]
+    blocks = plan.unroll * plan.unit
     if rows % 2:
+        bits = source[0, 0, pl.ds(first, blocks), 0].reshape(blocks * rows, width)
         floats = [float32(bits.astype(jnp.int32) << 16, dtype)]
     else:
-        pairs = pltpu.bitcast(bits, jnp.int32)  # rows 2i and 2i + 1
+        pairs = words(source, first, blocks, plan)
         floats = [float32(pairs << 16, dtype), float32(pairs & HIGH_HALF, dtype)]
     for start, x in enumerate(floats):
         for n in range(pl.cdiv(width, LANES)):
-            ref.at[n][pl.ds(start, rows // len(floats), stride=len(floats))] = x[:, n * LANES : (n + 1) * LANES]
+            at = pl.ds(start, x.shape[0], stride=len(floats))
+            ref.at[n][at] = x[:, n * LANES : (n + 1) * LANES]
 
 
 def read_floats(ref: Any, rows: slice = slice(None)) -> jax.Array:
@@ -47,6 +69,43 @@ def float32(bits: jax.Array, dtype: str) -> jax.Array:
     return pltpu.bitcast((bits >> 3) & jnp.int32(~0x70000000), jnp.float32) * jnp.float32(2.0**112)
 
 
+def by_pieces(rows: int, size: int, body: Callable[[Any, int], None]) -> None:
+    """`body` of the first row of each piece of `size` rows or less: registers would not hold all at once."""
+    size = math.gcd(rows, size)
+
+    def piece(i, carry):
+        body(i * size, size)
+        return carry
+
+    if rows == size:
+        body(0, size)
+    else:
+        lax.fori_loop(0, rows // size, piece, 0)
+
+
+def largest(ref: Any, dtype: str, plan: Plan) -> jax.Array:
+    """`[1, width]` float32: the largest magnitude in each column of 16-bit `ref[1, 1, blocks, 1, rows, width]`."""
+    _, _, blocks, _, rows, width = ref.shape
+    if rows % 2:
+        pairs = ref[0, 0, :, 0].reshape(blocks * rows, width).astype(jnp.int32)
+        return float32(largest_half(pairs).max(axis=0, keepdims=True), dtype)
+    size = math.gcd(blocks, LARGEST_PIECE)
+    height = size * rows // 2
+    step = SUBLANES if height % SUBLANES == 0 else height
+
+    def piece(i, top):
+        halves = largest_half(words(ref, i * size, size, plan))
+        return jnp.maximum(top, halves.reshape(-1, step, width).max(axis=0))
+
+    top = lax.fori_loop(0, blocks // size, piece, jnp.zeros((step, width), jnp.int32))
+    return float32(top.max(axis=0, keepdims=True), dtype)
+
+
+def largest_half(pairs: jax.Array) -> jax.Array:
+    """The larger magnitude of two 16-bit floats in each word, in the upper bits: ordered as the numbers are."""
+    return jnp.maximum((pairs << 16) & MAGNITUDE, pairs & MAGNITUDE)
+
+
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """float32 as a sum of two bfloat16, of 16 bits together: all of a float16."""
     high = x.astype(jnp.bfloat16)
@@ -61,3 +120,8 @@ def by_copy(rows: list[jax.Array], height: int) -> jax.Array:
         for c in range(1, len(rows)):
             out = jnp.where(sublane >= c * (height // len(rows)), rows[c], out)
     return out
+
+
+def take_lanes(x: jax.Array, lane: jax.Array) -> jax.Array:
+    """`x[i, lane[i, j]]` of `[rows, 128]`, rows in whole sublanes."""
+    return jnp.take_along_axis(x, lane, axis=1, mode="promise_in_bounds", wrap_negative_indices=False)

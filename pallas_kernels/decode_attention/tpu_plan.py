@@ -18,12 +18,13 @@ from pallas_kernels.decode_attention.formats import Codebook, Format, shape_of
 
 LANES = 128
 SUBLANES = 8
-CHUNK_BYTES = 1 << 20  # of keys and values per grid step, where the context is that long
-UNROLLED_TOKENS = 4096  # the scheduler overlaps this many tokens; with more, registers spill
+CHUNK_BYTES = 2 << 20  # of keys and values per grid step, where the context is that long
+UNROLLED_TOKENS = 8192  # the scheduler overlaps this many tokens at most
 CHUNK_TOKENS = 16384  # at most, for the scores of a chunk stay in VMEM
 
 
 BF16_ARITHMETIC = ("v6e", "7x")  # generations with it, and with matrix units 256 wide
+INT8_PRODUCTS = ("v5e", "v5p", "v6e")  # generations whose matrix units take int8, at twice the rate of bfloat16
 
 
 class Operand(NamedTuple):
@@ -45,6 +46,7 @@ class Plan:
       unit: blocks per run.
       runs: runs per chunk.
       unroll: runs per iteration of the loops over a chunk; divides `runs`.
+      views: whether memory may be read as another type, which the simulator of `pltpu.InterpretParams` cannot.
     """
 
     chip: str
@@ -58,6 +60,7 @@ class Plan:
     unit: int
     runs: int
     unroll: int
+    views: bool = True
 
     @property
     def run_tokens(self) -> int:
@@ -74,15 +77,12 @@ class Plan:
 
     def count(self, first: jax.Array, last: jax.Array) -> jax.Array:
         """Chunks that hold tokens first <= t < last; 0 where there are none."""
-        chunks = (
-            lax.div(last - self.begin(first) * self.tokens - 1, jnp.full_like(last, self.chunk_blocks * self.tokens))
-            + 1
-        )
+        chunks = divided(last - self.begin(first) * self.tokens - 1, self.chunk_blocks * self.tokens) + 1
         return jnp.where(last > first, chunks, 0)
 
     def begin(self, first: jax.Array) -> jax.Array:
         """The block of token `first`, which is not negative."""
-        return lax.div(first, jnp.full_like(first, self.tokens))
+        return divided(first, self.tokens)
 
     def start(self, first: jax.Array, chunk: jax.Array | int) -> jax.Array:
         """The first block that chunk number `chunk` of a row holds."""
@@ -93,8 +93,12 @@ class Plan:
         chunk = jnp.arange(self.steps, dtype=jnp.int32)
         return self.start(first[:, None], chunk[None]) * self.tokens
 
-    def stored(self, array: jax.Array) -> Operand:
-        """The blocks of a chunk, `[chunk_blocks, ...]`, of storage `[L, B, N, K or 1, ...]`."""
+    def stored(self, array: jax.Array, whole: bool = False) -> Operand:
+        """The blocks of a chunk, `[chunk_blocks, ...]`, of storage `[L, B, N, K or 1, ...]`.
+
+        Args:
+          whole: keep all axes, `[1, 1, chunk_blocks, 1, ...]`, for a kernel that looks at the memory in another way.
+        """
         shared = array.shape[3] == 1
         inner = [pl.Element(n) for n in array.shape[4:]]
 
@@ -102,10 +106,8 @@ class Plan:
             used = jnp.clip(c, 0, jnp.maximum(self.count(first[b], last[b]) - 1, 0))
             return layer[0], b, self.start(first[b], used), 0 if shared else k, *(0 for _ in inner)
 
-        squeezed = pl.Squeezed()
-        return Operand(
-            array, pl.BlockSpec((squeezed, squeezed, pl.Element(self.chunk_blocks), squeezed, *inner), index)
-        )
+        one = pl.Element(1) if whole else pl.Squeezed()
+        return Operand(array, pl.BlockSpec((one, one, pl.Element(self.chunk_blocks), one, *inner), index))
 
     def per_chunk(self, array: jax.Array) -> Operand:
         """`array[b, chunk]` of `[B, steps, ...]`, as numbered by `starts`."""
@@ -122,6 +124,13 @@ class Plan:
     def constant(self, array: Any) -> Operand:
         """All of a small array."""
         return _operand(jnp.asarray(array), 0, lambda *_: ())
+
+
+def divided(x: jax.Array, n: int) -> jax.Array:
+    """`x // n` of int32 that are not negative (of others any number below 1): a TPU's scalar unit cannot divide."""
+    if n & (n - 1):
+        return lax.div(x, jnp.full_like(x, n))
+    return lax.shift_right_arithmetic(x, jnp.full_like(x, n.bit_length() - 1))
 
 
 def _operand(array: jax.Array, leading: int, lead_index: Callable[..., tuple]) -> Operand:
@@ -144,7 +153,9 @@ def make_plan(k: Format, v: Format, group: int, chip: str, chunk_tokens: int = 0
     width = 256 if chip in BF16_ARITHMETIC else 128  # tokens that one matrix unit takes at a time
     unit = min(max(1, width // tokens), blocks)
     if not chunk_tokens:
-        chunk_tokens = CHUNK_BYTES * 8 // (channels * (_bits(k) + _bits(v)))
+        # A step costs some 400 bundles however long it is: little beside look-ups, which gain nothing by longer ones.
+        chunk_bytes = CHUNK_BYTES // 2 if isinstance(k, Codebook) else CHUNK_BYTES
+        chunk_tokens = chunk_bytes * 8 // (channels * (_bits(k) + _bits(v)))
         # Numbers of slots are made for a whole chunk at once: with more tokens, registers spill.
         slots = isinstance(k, Codebook) and k.slots > 0
         chunk_tokens = min(chunk_tokens, CHUNK_TOKENS // 2 if slots else CHUNK_TOKENS)

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.tpu_metadata import float32, float_scratch, split
-from pallas_kernels.decode_attention.tpu_plan import LANES, Operand, Plan
+from pallas_kernels.decode_attention.tpu_plan import LANES, Operand, Plan, divided
 from pallas_kernels.decode_attention.tpu_skeleton import Refs, Step
 
 TILE = 16  # rows of a tile of 16-bit numbers
@@ -71,7 +71,7 @@ class SharedRows:
     def _first(self, start: jax.Array) -> jax.Array:
         """The first block that is fetched for a chunk that begins at block `start`."""
         if self.windows == 2:
-            return lax.div(start, jnp.int32(self.window)) * self.window
+            return divided(start, self.window) * self.window
         tiles = lax.shift_right_logical(start, jnp.int32(TILE.bit_length() - 1))
         return jnp.minimum(tiles, (self.plan.blocks - self.window) // TILE) * TILE
 
@@ -85,7 +85,7 @@ class SharedRows:
                 start = plan.start(first[b], used)
                 if self.windows == 1:
                     return layer[0], b, self._first(start), 0
-                return layer[0], b, jnp.minimum(lax.div(start, jnp.int32(size)) + window, ends), 0
+                return layer[0], b, jnp.minimum(divided(start, size) + window, ends), 0
 
             if self.windows == 1:
                 return pl.BlockSpec((squeezed, squeezed, pl.Element(size), pl.Element(array.shape[-1])), index)
@@ -251,6 +251,21 @@ class SingleRows:
         floats = float32(bits, self.dtype)
         for n in range(scratch[0].shape[0]):
             scratch[0][n] = floats[:, n * LANES : (n + 1) * LANES]
+
+    def bits_scratch(self) -> Any:
+        if not self.shared:
+            return self._heads.scratch()
+        return pltpu.VMEM((self.array.shape[-1] // LANES, SharedRows(self.plan).rows, LANES), jnp.int32)
+
+    def bits(self, refs: Refs, scratch: Any, step: Step) -> jax.Array:
+        """int32 `[chunk_blocks, W]` of the chunk's blocks, the number in the upper bits."""
+        if not self.shared:
+            return self._heads.read(refs[0], scratch, step)[0]
+        words = SharedRows(self.plan).read(refs)
+        for n in range(scratch.shape[0]):
+            scratch[n] = words[:, n * LANES : (n + 1) * LANES]
+        rows = pl.ds(self.offset(step), self.plan.chunk_blocks)
+        return jnp.concatenate([scratch.at[n][rows] for n in range(scratch.shape[0])], axis=1)
 
     def offset(self, step: Step) -> jax.Array:
         """The row of the chunk's first block."""

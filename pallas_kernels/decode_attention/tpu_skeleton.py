@@ -6,10 +6,13 @@ in. Decoders see the chunk in VMEM and choose in which *order* they have the tok
 as long as keys, values, masks and per-token metadata agree. Where the orders of keys and values differ, the skeleton
 permutes the weights.
 
-A decoder may have a method `prepare(refs, i, q)` (values: `prepare(refs, i)`) for what is better done for several runs
-at once, such as metadata. It is called before each iteration of as many runs as its own `plan.unroll` says, and
-`scores` and `add` then take the run's place in the iteration (a Python integer) as an argument after `run`, to find
-what was prepared.
+A decoder of keys may have a method `prepare(refs, i, q)` for what is better done for several runs at once, such as
+scaled queries. It is called before each iteration of as many runs as the decoder's own `plan.unroll` says, and `scores`
+then takes the run's place in the iteration (a Python integer) as an argument after `run`, to find what was prepared.
+
+The weights of a chunk's tokens are relative to the chunk's own largest score, and so are the sums that `add` carries,
+which begin at 0 with each chunk. A decoder of values may carry other numbers than its float32 sums: then it has the
+methods `zeros()`, what the chunk begins with, and `collect(refs, carried)`, the sums at its end.
 
 A decoder works on `refs`: its operands' blocks, in the order of `operands()`, and then its scratch.
 """
@@ -26,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.formats import Partial
-from pallas_kernels.decode_attention.tpu_plan import LANES, Operand, Plan
+from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES, Operand, Plan, divided
 
 EMPTY = -1e30
 CONTRACT_LANES = (((1,), (1,)), ((), ()))  # x @ y.T
@@ -130,11 +133,12 @@ def decode(
     scratch = [
         *(pltpu.VMEM((plan.rows, LANES), jnp.float32) for _ in range(2)),
         pltpu.VMEM((plan.runs, plan.rows, plan.run_tokens), jnp.float32),
+        pltpu.VMEM((plan.run_tokens // LANES, pl.cdiv(plan.runs, SUBLANES) * SUBLANES, LANES), jnp.float32),
         *(pltpu.VMEM(shape, jnp.float32) for shape in values.accumulators()),
         *keys.scratch(),
         *values.scratch(),
     ]
-    counts = [len(fixed), len(keys.operands()), len(values.operands()), 3, 3]
+    counts = [len(fixed), len(keys.operands()), len(values.operands()), 3, 4]
     counts += [len(values.accumulators()), len(keys.scratch()), len(values.scratch())]
     head_spec = pl.BlockSpec((None, None, plan.rows, channels), lambda b, k, c, *_: (b, k, 0, 0))
     row_spec = pl.BlockSpec((None, None, plan.rows, LANES), lambda b, k, c, *_: (b, k, 0, 0))
@@ -160,8 +164,8 @@ def decode(
 
 
 def _fixed_operands(keys: KeyDecoder, values: ValueDecoder, plan: Plan) -> list[Operand]:
-    """The token at each position, `[R, run_tokens]`, and, if the orders differ, the permutation between them."""
-    token = np.broadcast_to(np.asarray(keys.order, np.int32), (plan.rows, plan.run_tokens))
+    """The token at each position, `[8, run_tokens]`, and, if the orders differ, the permutation between them."""
+    token = np.broadcast_to(np.asarray(keys.order, np.int32), (SUBLANES, plan.run_tokens))
     fixed = [plan.constant(token)]
     if not np.array_equal(keys.order, values.order):
         matrix = np.asarray(keys.order)[:, None] == np.asarray(values.order)[None, :]
@@ -171,11 +175,12 @@ def _fixed_operands(keys: KeyDecoder, values: ValueDecoder, plan: Plan) -> list[
 
 @dataclasses.dataclass
 class _Own:
-    """The skeleton's refs: running maximum and sum (lane-replicated), scores of a chunk, sums of the values."""
+    """The skeleton's refs: running maximum and sum (lane-replicated), scores and mask of a chunk, sums of values."""
 
     top: Any
     total: Any
     scores: Any
+    mask: Any
     sums: Any
     token: Any
     permutation: Any
@@ -184,7 +189,7 @@ class _Own:
 def _kernel(layer, first, last, q_ref, *refs, keys, values, plan: Plan, counts):
     fixed, key_in, value_in, out, own, sums, key_scratch, value_scratch = _split(refs, counts)
     key_refs, value_refs = [*key_in, *key_scratch], [*value_in, *value_scratch]
-    own = _Own(own[0], own[1], own[2], sums, fixed[0], fixed[1] if len(fixed) > 1 else None)
+    own = _Own(own[0], own[1], own[2], own[3], sums, fixed[0], fixed[1] if len(fixed) > 1 else None)
     b, k, c = (pl.program_id(axis) for axis in range(3))
     begin, end = first[b], last[b]
     step = Step(b, k, c, plan.start(begin, c))
@@ -204,8 +209,8 @@ def _kernel(layer, first, last, q_ref, *refs, keys, values, plan: Plan, counts):
         # A chunk that was moved back holds tokens of the one before.
         seen_from = jnp.maximum(begin, (plan.begin(begin) + c * plan.chunk_blocks) * plan.tokens)
         offset = step.block * plan.tokens
-        _score(keys, key_refs, own, q_ref, seen_from - offset, end - offset)
-        _weigh(values, value_refs, own)
+        top, shrink = _score(keys, key_refs, own, q_ref, seen_from - offset, end - offset)
+        _weigh(values, value_refs, own, top, shrink)
 
     @pl.when(c == pl.num_programs(2) - 1)
     def _():
@@ -214,33 +219,39 @@ def _kernel(layer, first, last, q_ref, *refs, keys, values, plan: Plan, counts):
         out[2][...] = own.total[...]
 
 
-def _score(keys: Any, refs: Refs, own: _Own, q_ref: Any, begin: jax.Array, end: jax.Array) -> None:
-    """Masked scores of the chunk into scratch; the running maximum, and what it rescales."""
+def _score(keys: Any, refs: Refs, own: _Own, q_ref: Any, begin: jax.Array, end: jax.Array) -> Loaded:
+    """Masked scores of the chunk into scratch; their maximum, and what rescales the sums so far, lane-replicated."""
     plan, prepare = keys.plan, getattr(keys, "prepare", None)
+    _mask(own, plan, begin, end)
 
     def run_scores(run, place, top):
         if place == 0 and prepare is not None:
-            prepare(refs, lax.div(run, jnp.int32(plan.unroll)), q_ref[...])
+            prepare(refs, divided(run, plan.unroll), q_ref[...])
         scores = keys.scores(refs, run) if prepare is None else keys.scores(refs, run, place)
-        token, start = own.token[...], run * plan.run_tokens
-        scores = jnp.where((token >= begin - start) & (token < end - start), scores, EMPTY)
+        mask = [own.mask.at[n][pl.ds(run, 1)] for n in range(own.mask.shape[0])]
+        scores += jnp.concatenate(mask, axis=1)  # exactly EMPTY, if so
         own.scores[run] = scores
         return jnp.maximum(top, scores)
 
     top = over_runs(plan, run_scores, jnp.full((plan.rows, plan.run_tokens), EMPTY, jnp.float32))
-    before = own.top[...]
-    own.top[...] = jnp.maximum(before, jnp.max(top, axis=1, keepdims=True))
-    shrink = jnp.exp2(before - own.top[...])
-    own.total[...] *= shrink
-    for ref in own.sums:
-        columns = _columns(shrink, ref.shape[1])
-        ref[...] *= jnp.concatenate([columns] * (ref.shape[0] // plan.rows), axis=0)
+    before, top = own.top[...], _lanes(jnp.max(top, axis=1, keepdims=True))
+    own.top[...] = jnp.maximum(before, top)
+    return top, jnp.exp2(before - own.top[...])
 
 
-def _weigh(values: Any, refs: Refs, own: _Own) -> None:
+def _mask(own: _Own, plan: Plan, begin: jax.Array, end: jax.Array) -> None:
+    """Rows of 0 for tokens of the chunk that are seen and EMPTY for others, in the order of keys, a run per row."""
+    run = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    for n in range(own.mask.shape[0]):
+        for first in range(0, own.mask.shape[1], SUBLANES):
+            token = own.token[:, n * LANES : (n + 1) * LANES] + (run + first) * plan.run_tokens
+            own.mask[n, first : first + SUBLANES] = jnp.where((token >= begin) & (token < end), 0.0, EMPTY)
+
+
+def _weigh(values: Any, refs: Refs, own: _Own, chunk_top: jax.Array, shrink: jax.Array) -> None:
     """Adds the chunk's weights and weighted values to the running sums."""
-    plan, prepare = values.plan, getattr(values, "prepare", None)
-    top = _columns(own.top[...], plan.run_tokens)
+    plan = values.plan
+    top = _columns(chunk_top, plan.run_tokens)
     zeros = jnp.zeros((plan.rows, plan.run_tokens), jnp.float32)
 
     def weights(run):
@@ -258,21 +269,21 @@ def _weigh(values: Any, refs: Refs, own: _Own) -> None:
 
     def add(run, place, carry):
         total, sums = carry
-        if place == 0 and prepare is not None:
-            prepare(refs, lax.div(run, jnp.int32(plan.unroll)))
         if own.permutation is None:
             p = weights(run)
             total = total + p
         else:
             p = own.scores[run]
-        return total, values.add(refs, run, p, sums) if prepare is None else values.add(refs, run, place, p, sums)
+        return total, values.add(refs, run, p, sums)
 
-    total, sums = over_runs(
-        plan, add, (zeros if own.permutation is None else total, tuple(ref[...] for ref in own.sums))
-    )
-    own.total[...] += jnp.sum(total, axis=1, keepdims=True)
+    begin = getattr(values, "zeros", None)
+    sums = tuple(jnp.zeros(ref.shape, ref.dtype) for ref in own.sums) if begin is None else begin()
+    total, sums = over_runs(plan, add, (zeros if own.permutation is None else total, sums))
+    sums = sums if begin is None else values.collect(refs, sums)
+    grow = jnp.exp2(chunk_top - own.top[...])
+    own.total[...] = own.total[...] * shrink + jnp.sum(total, axis=1, keepdims=True) * grow
     for ref, x in zip(own.sums, sums):
-        ref[...] = x
+        ref[...] = ref[...] * _rows(shrink, ref.shape) + x * _rows(grow, ref.shape)
 
 
 def over_runs(plan: Plan, body, carry):
@@ -286,9 +297,18 @@ def over_runs(plan: Plan, body, carry):
     return lax.fori_loop(0, plan.runs // plan.unroll, several, carry)
 
 
+def _lanes(x: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(x, (x.shape[0], LANES))
+
+
 def _columns(x: jax.Array, width: int) -> jax.Array:
     """A lane-replicated `[R, 128]` as `[R, width]`."""
     return jnp.broadcast_to(x[:, :1], (x.shape[0], width))
+
+
+def _rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A lane-replicated `[R, 128]` as `[n * R, width]`."""
+    return jnp.concatenate([_columns(x, shape[1])] * (shape[0] // x.shape[0]), axis=0)
 
 
 def _split(refs, counts):

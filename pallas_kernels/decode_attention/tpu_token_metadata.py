@@ -1,90 +1,175 @@
 """Scales and zeros per token on TPU, in the order of a decoder."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.formats import Affine
 from pallas_kernels.decode_attention.tpu_codes import Encoding
-from pallas_kernels.decode_attention.tpu_metadata import float_scratch, read_floats, split, store_floats
-from pallas_kernels.decode_attention.tpu_plan import Operand, Plan
-from pallas_kernels.decode_attention.tpu_rows import SingleRows, read_single, single_rows, single_scratch
+from pallas_kernels.decode_attention.tpu_metadata import (
+    HIGH_HALF,
+    MAGNITUDE,
+    by_pieces,
+    float32,
+    largest,
+    take_lanes,
+    viewed,
+    words,
+)
+from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES, Operand, Plan
+from pallas_kernels.decode_attention.tpu_products import splat
+from pallas_kernels.decode_attention.tpu_rows import SingleRows
 from pallas_kernels.decode_attention.tpu_skeleton import Refs, Step
+
+PIECE = 64  # rows of words
+LARGEST = float(jnp.finfo(jnp.float32).max)
+Bound = Callable[[jax.Array], jax.Array | None]
 
 
 class TokenMetadata:
-    """Scale and (centred) zero of each token, brought to the order of a decoder for several runs at once.
+    """Scale and (centred) zero of each token of a chunk, brought to the order of a decoder by gathers along lanes.
 
-    A permutation of tokens is a product with a matrix of zeros and ones; scales and zeros go through it as two
-    bfloat16 each. Where the order mixes the tokens of several blocks, each block has its own matrix and the results
-    add up.
+    Two numbers of 16 bits travel in one word: those of two groups, or, where a block has one group, a scale and a zero.
+    Where the order mixes the tokens of several blocks, a row of results holds those of all of them.
     """
 
     def __init__(self, fmt: Affine, plan: Plan, encoding: Encoding):
         self.fmt, self.plan, self.encoding = fmt, plan, encoding
         self.groups = fmt.scale.shape[-2]
-        order = encoding.order(plan.unit, plan.tokens)
-        self.together = plan.unit
-        while (
-            self.together > 1 and (order[: self.together * plan.tokens // 2] < self.together * plan.tokens // 2).all()
-        ):
-            self.together //= 2
-        self.order = order[: self.together * plan.tokens]
+        order, together = encoding.order(plan.unit, plan.tokens), plan.unit
+        while together > 1 and (order[: together * plan.tokens // 2] < together * plan.tokens // 2).all():
+            together //= 2
+        self.together, self.order = together, order[: together * plan.tokens].reshape(-1, LANES)
         single = self.groups == 1
         self.single = [SingleRows(x, fmt.dtype, plan) for x in (fmt.scale, fmt.zero)] if single else []
+        assert single or self.groups % 2 == 0
+        self.words = 1 if single else self.groups // 2  # of a block's scales, or of its scale and zero
 
     @property
     def count(self) -> int:
         """Operands."""
-        return sum(x.count for x in self.single) + 1 if self.single else 3
+        return 1 + (sum(x.count for x in self.single) or 2)
+
+    @property
+    def _rows(self) -> int:
+        """Of words in order: of all groups, or where blocks are mixed of one."""
+        return self.plan.chunk_blocks * self.words if self.together == 1 else self.plan.chunk_blocks // self.together
 
     def operands(self) -> list[Operand]:
-        tokens = self.plan.tokens
-        matrix = np.arange(self.together * tokens)[:, None] == self.order[None, :]
-        matrix = np.concatenate(np.split(matrix, self.together, axis=0), axis=1)
-        stored = [self.plan.stored(x) for x in (self.fmt.scale, self.fmt.zero)]
+        stored = [self.plan.stored(x, whole=True) for x in (self.fmt.scale, self.fmt.zero)]
         if self.single:
             stored = [operand for x in self.single for operand in x.operands()]
-        return [*stored, self.plan.constant(jnp.asarray(matrix, jnp.bfloat16))]
+        lane = np.broadcast_to(self.order[:, None] % LANES, (len(self.order), SUBLANES, LANES))
+        source = np.broadcast_to(self.order[:, None] // LANES, lane.shape)
+        return [*stored, self.plan.constant(jnp.asarray(np.stack([lane, source]), jnp.int32))]
 
     def scratch(self) -> list[Any]:
-        rows, tokens = self.plan.unroll * self.plan.unit * self.groups, self.plan.tokens
-        shape = (rows, self.together**2 * tokens)
-        raw = [float_scratch(rows, tokens) for _ in range(2)]
-        if self.single:
-            raw = single_scratch(self.single)
-        return [*(pltpu.VMEM(shape, jnp.float32) for _ in range(2)), *raw]
+        """Scales and zeros in order, words (a second array of zeros), and what single rows need on their way there."""
+        rows, tiles = _padded(self._rows), self.plan.tokens // LANES
+        results = rows * (1 if self.together == 1 else self.words) * (1 if self.single else 2)
+        results = pltpu.VMEM((len(self.order), results, LANES), jnp.float32)
+        words = pltpu.VMEM((tiles, rows if self.together == 1 else rows * self.together * self.words, LANES), jnp.int32)
+        return [results, results, words, words, *(x.bits_scratch() for x in self.single)]
 
-    def chunk(self, operands: Refs, scratch: Refs, step: Step) -> None:
-        if self.single:
-            read_single(self.single, operands[:-1], scratch[2:], step)
+    def chunk(self, operands: Refs, scratch: Refs, step: Step, bound: Bound | None = None) -> None:
+        """Scale, and zero plus the scale of the middle code, of a chunk into scratch.
 
-    def prepare(self, operands: Refs, scratch: Refs, i: jax.Array) -> None:
-        """Scale, and zero plus the scale of the middle code, of an iteration's runs into scratch."""
-        blocks = self.plan.unroll * self.plan.unit
-        rows, tokens = blocks * self.groups, self.plan.tokens
-        if self.single:
-            scale, zero = single_rows(scratch[2:], i * blocks, blocks)
+        Args:
+          bound: given the largest magnitude `[1, 1]` of the scales, says what they are to be multiplied by: a float32
+            that fills a register, `[8, 128]`, or None.
+        """
+        *results, scale_words, zero_words = scratch[:4]
+        if self._in_place:
+            scale_words, zero_words = (viewed(ref) for ref in operands[:2])
+        elif self.single:
+            self._read_single(operands, scratch, step)
         else:
-            for ref, raw in zip(operands, scratch[2:]):
-                store_floats(ref[pl.ds(i * blocks, blocks)].reshape(rows, tokens), self.fmt.dtype, raw)
-            scale, zero = (read_floats(raw) for raw in scratch[2:])
-        zero = zero + jnp.float32(self.encoding.middle) * scale
-        parts = jnp.concatenate([*split(scale), *split(zero)], axis=0)
-        parts = jnp.dot(parts, operands[-1][...], preferred_element_type=jnp.float32)
-        for n, out in enumerate(scratch[:2]):
-            out[...] = parts[2 * n * rows : (2 * n + 1) * rows] + parts[(2 * n + 1) * rows : (2 * n + 2) * rows]
+            self._read(operands, scratch)
+        factor = None if bound is None else bound(self._largest(operands, scratch))
 
-    def row(self, ref: Any, place: int, group: int) -> jax.Array:
-        """`[1, run_tokens]` of one group of channels of a run that was prepared."""
-        width = self.together * self.plan.tokens
-        pieces = []
-        for i in range(0, self.plan.unit, self.together):
-            at = [(place * self.plan.unit + i + n) * self.groups + group for n in range(self.together)]
-            parts = [ref[row : row + 1, n * width : (n + 1) * width] for n, row in enumerate(at)]
-            pieces.append(sum(parts[1:], parts[0]))
-        return jnp.concatenate(pieces, axis=1)
+        def ordered(first, size):
+            for n in range(len(self.order)):
+                for g in range(1 if self.together == 1 else self.words):
+                    word = self._ordered(operands[-1], scale_words, n, g, first, size)
+                    if self.single:
+                        self._put(results, n, pl.ds(first, size), word & HIGH_HALF, word << 16, factor)
+                        continue
+                    zero = self._ordered(operands[-1], zero_words, n, g, first, size)
+                    stride = 2 if self.together == 1 else self.groups
+                    low, high = (pl.ds(first * stride + at, size, stride=stride) for at in (2 * g, 2 * g + 1))
+                    self._put(results, n, low, word << 16, zero << 16, factor)
+                    self._put(results, n, high, word & HIGH_HALF, zero & HIGH_HALF, factor)
+
+        by_pieces(_padded(self._rows), PIECE, ordered)
+
+    def _put(self, results: Refs, tile: int, rows: Any, scale: jax.Array, zero: jax.Array, factor: Any) -> None:
+        scale, zero = (float32(x, self.fmt.dtype) for x in (scale, zero))
+        if self.encoding.middle:
+            zero = zero + jnp.float32(self.encoding.middle) * scale
+        if factor is not None:
+            # XLA on CPU would multiply the factor and what `float32` multiplies by first, and overflow.
+            scale = jnp.minimum(scale, LARGEST) * splat(factor, scale.shape)
+        for ref, x in zip(results, (scale, zero)):
+            ref.at[tile][rows] = x
+
+    def _read_single(self, operands: Refs, scratch: Refs, step: Step) -> None:
+        """Scales, and zeros below them, into words."""
+        count, out = self.single[0].count, scratch[2]
+        scale, zero = (
+            x.bits(operands[i * count : (i + 1) * count], scratch[4 + i], step) for i, x in enumerate(self.single)
+        )
+        both = scale | lax.shift_right_logical(zero, jnp.int32(16))
+        for m in range(out.shape[0]):
+            out[m, : both.shape[0]] = both[:, m * LANES : (m + 1) * LANES]
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether words can be taken from where they were fetched to."""
+        whole = self.plan.tokens == LANES and self._rows % SUBLANES == 0
+        return not self.single and self.together == 1 and whole and self.plan.views
+
+    def _largest(self, operands: Refs, scratch: Refs) -> jax.Array:
+        """`[1, 1]` float32."""
+        if not self.single:
+            return largest(operands[0], self.fmt.dtype, self.plan).max(keepdims=True)
+        both = scratch[2][:, : self.plan.chunk_blocks]
+        return float32((both & MAGNITUDE).max(axis=0), self.fmt.dtype).max(keepdims=True)
+
+    def _read(self, operands: Refs, scratch: Refs) -> None:
+        """Scales and zeros of two groups at a time into words."""
+        for ref, out in zip(operands, scratch[2:4]):
+            x = words(ref, 0, self.plan.chunk_blocks, self.plan)
+            for m in range(out.shape[0]):
+                out[m, : x.shape[0]] = x[:, m * LANES : (m + 1) * LANES]
+
+    def _ordered(self, order_ref: Any, word_ref: Any, tile: int, group: int, first: Any, size: int) -> jax.Array:
+        """`[size, 128]`: one register's width of words in order, those of one pair of groups where blocks are mixed."""
+        lane, source = (jnp.concatenate([order_ref[i, tile]] * (size // SUBLANES), axis=0) for i in range(2))
+        if self._in_place:
+            return take_lanes(word_ref[pl.ds(first, size)], lane)
+        out = jnp.zeros((size, LANES), jnp.int32)
+        for at in sorted(set(self.order[tile] // LANES)):
+            block, m = divmod(int(at), self.plan.tokens // LANES)
+            rows = pl.ds(first, size)
+            if self.together > 1:
+                stride = self.together * self.words
+                rows = pl.ds(first * stride + block * self.words + group, size, stride=stride)
+            taken = take_lanes(word_ref.at[m][rows], lane)
+            out = jnp.where(source == at, taken, out)
+        return out
+
+    def row(self, ref: Any, run: jax.Array, group: int) -> jax.Array:
+        """`[1, run_tokens]` of one group of channels of a run of the chunk."""
+        count = self.plan.unit // self.together
+        rows = [pl.ds((run * count + i) * self.groups + group, 1) for i in range(count)]
+        return jnp.concatenate([ref.at[n][r] for r in rows for n in range(ref.shape[0])], axis=1)
+
+
+def _padded(rows: int) -> int:
+    return pl.cdiv(rows, SUBLANES) * SUBLANES

@@ -10,21 +10,25 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention import api, specs, tpu_codes, tpu_plan
+from pallas_kernels import packing
+from pallas_kernels.decode_attention import api, specs, tpu_codes, tpu_plan, tpu_products
 
-OLD, NEW = "v5e", "v6e"  # without bfloat16 arithmetic, and with it
+OLD, NEW = "v5e", "v6e"  # both multiply int8: matrix units 128 and 256 wide
+BF16, ANY = "7x", ""  # bfloat16 products, of operands made by conversion and by integer operations
 
 CASES = [
     ("bf16", "gqa3-h96", NEW),
     ("f16", "mqa16-h64", OLD),
     ("kivi8", "gqa2-h256", OLD),
     ("kivi4", "gqa4-h128", NEW),
+    ("kivi4", "gqa4-h128", BF16),
     ("kivi4-g128", "gqa4-h128", OLD),
-    ("kivi2", "gqa3-h128", OLD),
+    ("kivi2", "gqa3-h128", ANY),
     ("kivi2-g64", "mha-h128", OLD),
     ("kivi1", "gqa4-h128", NEW),
     ("asymkv-k2v1", "mqa16-h128", OLD),
     ("int8", "gqa3-h128", OLD),
+    ("int8", "gqa3-h128", ANY),
     ("int4", "gqa4-h128", NEW),
 ]
 
@@ -106,7 +110,7 @@ def test_on_a_simulated_tpu_with_race_detection(storage, shape, chip):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("encoding", [tpu_codes.HalfWords, tpu_codes.Signed])
+@pytest.mark.parametrize("encoding", [tpu_codes.HalfWords, tpu_codes.Signed, tpu_codes.Bytes])
 @pytest.mark.parametrize("tokens", [128, 256])
 def test_operands_are_the_codes_in_their_order(bits, encoding, tokens):
     encoding, blocks = encoding(bits), 2
@@ -117,11 +121,56 @@ def test_operands_are_the_codes_in_their_order(bits, encoding, tokens):
         for ref, operand in zip(out, encoding.operands(words[...])):
             ref[...] = operand
 
-    out = [jax.ShapeDtypeStruct((blocks * tokens, 8), jnp.bfloat16)] * len(encoding.weights)
+    dtype = jnp.int8 if encoding.integer else jnp.bfloat16
+    out = [jax.ShapeDtypeStruct((blocks * tokens, 8), dtype)] * len(encoding.weights)
     operands = pl.pallas_call(kernel, out_shape=out, interpret=True)(jnp.asarray(words))
     held = sum(w * np.asarray(x, np.float64) for w, x in zip(encoding.weights, operands))
     np.testing.assert_array_equal(held, encoding.gain * (codes - encoding.middle) + encoding.offset)
     assert float(jnp.bfloat16(encoding.offset)) == encoding.offset
+
+
+def integer_products(x, codes, largest):
+    """Rows `x[8, 128]` times `codes[128, 128]` of 4 bits by bytes: as queries (transposed codes) and as weights."""
+    encoding = tpu_codes.Bytes(4)
+    queries = tpu_products.query_rows(encoding, 1, 8, 128)
+    weights = tpu_products.weight_rows(encoding, 8, 128, 128)
+    order = encoding.order(1, 128)
+    # Token order[i] at position i is to be code row i.
+    words = packing.pack(jnp.asarray(codes[np.argsort(order)]), 4)[None]
+
+    def kernel(x, words, by_query, by_weight, *scratch):
+        own, others = scratch[: len(queries.scratch())], scratch[len(queries.scratch()) :]
+        queries.bound(own, jnp.full((1, 1), largest))
+        queries.put(own, 0, queries.factor(own, x[...]))
+        product = queries.combine(queries.products(own, 0, words[...]))
+        by_query[...] = product * tpu_products.splat(queries.inverse(own), product.shape)
+        factor = weights.bound(others, jnp.full((1, 1), largest))
+        scaled = x[...] * tpu_products.splat(factor, x.shape)
+        (by_weight[...],) = weights.collect(others, weights.add(scaled, words[...], weights.zeros()))
+
+    out = [jax.ShapeDtypeStruct((8, 128), jnp.float32)] * 2
+    scratch = [*queries.scratch(), *weights.scratch()]
+    return pl.pallas_call(kernel, out_shape=out, scratch_shapes=scratch, interpret=True)(jnp.asarray(x), words)
+
+
+def test_integer_products_lose_little_relative_to_the_largest_row():
+    rng = np.random.default_rng(0)
+    codes, x = rng.integers(0, 16, (128, 128), dtype=np.uint8), rng.standard_normal((8, 128)).astype(np.float32)
+    largest = np.abs(x).max()
+    by_query, by_weight = (np.asarray(y, np.float64) for y in integer_products(x, codes, largest))
+    # A number is off by half a unit at most: the largest is at least 2**13 or 2**20 units.
+    np.testing.assert_allclose(by_query, x @ codes.T.astype(np.float64), rtol=0, atol=largest * 2.0**-14 * 15 * 128)
+    np.testing.assert_allclose(by_weight, x @ codes.astype(np.float64), rtol=2e-7, atol=largest * 2.0**-21 * 15 * 128)
+
+
+def test_weights_far_below_the_largest_count_together():
+    rng = np.random.default_rng(1)
+    codes = rng.integers(0, 16, (128, 128), dtype=np.uint8)
+    codes[0] = 0  # what the largest weight meets
+    x = np.full((8, 128), 2.0**-14, np.float32)
+    x[:, 0] = 1.0
+    _, by_weight = integer_products(x, codes, np.float32(1.0))
+    np.testing.assert_allclose(by_weight, x @ codes.astype(np.float64), rtol=2.0**-6)
 
 
 def test_what_is_refused_says_why():
