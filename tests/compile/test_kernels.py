@@ -15,7 +15,7 @@ COMMITTED = {(row["chip"], row["storage"]): row for row in BUDGET["rows"]}
 GROWTH = 1.15  # another version of a compiler may schedule a little differently
 # A GPU's splits leave a result each, 66 of them for 8 heads; a TPU's nothing.
 TEMPORARIES = {"tpu": 1 << 20, "cuda": 8 << 20}
-SPILLS = {"tpu": 24, "cuda": 256}  # what is left: instructions, and bytes of kivi2 with the ptxas of NVIDIA's wheel
+SPILLS = {"tpu": 8, "cuda": 256}  # what is left: instructions, and bytes of kivi2 with the ptxas of NVIDIA's wheel
 CHIPS = [chip for chip in deviceless.CHIPS if chip != "h200"]  # the code of an h100
 
 
