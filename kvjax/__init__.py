@@ -8,13 +8,13 @@ tokens, cache = kvjax.decode.generate(model, cache, prompt, max_new_tokens=100)
 
 from typing import Any
 
-from kvjax import decode
+from kvjax import decode, sharding
 from kvjax.cache import CacheShape, KVCache
 
 # The function, over the module of the same name: `from kvjax.policy import Preset` still reaches the module.
 from kvjax.policy import Policy, Preset, policy
 
-__all__ = ["CacheShape", "KVCache", "Policy", "Preset", "decode", "load", "policy"]
+__all__ = ["CacheShape", "KVCache", "Policy", "Preset", "decode", "load", "policy", "sharding"]
 __version__ = "0.1.0"
 
 
