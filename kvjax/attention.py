@@ -240,7 +240,9 @@ def _in_chunks(cache: KVCache, segment: Segment, layer: Any, qs: Queries, stripe
         oldest = qs.position.min(1) - shape.sliding_window + 1 - cache.sinks
         first = stripe.among(jnp.maximum(oldest, 0).min() // T) // per_chunk
     tile = jnp.arange(T, dtype=jnp.int32)
-    if segment.k_codec.pre_rope:
+    nowhere = jnp.int32(jnp.iinfo(jnp.int32).max - T)  # the position of blocks that are not there: after any query
+    pre_rope, many = segment.k_codec.pre_rope, qs.raw.shape[3] > T
+    if pre_rope and not many:
         tile_cos, tile_sin = cos_sin(shape.rope, tile[None, :], qs.total[:, None])
 
     def body(chunk, part):
@@ -255,21 +257,24 @@ def _in_chunks(cache: KVCache, segment: Segment, layer: Any, qs: Queries, stripe
         base = cache.sinks + stripe.number(block) * T
         k = segment.k_codec.decode(jax.tree.map(take, segment.k), k_params).astype(cache.dtype)
         v = segment.v_codec.decode(jax.tree.map(take, segment.v), v_params).astype(cache.dtype)
-        # Without the barrier XLA on CPU decodes each key twice, once for each half of the rotation (1.3x slower).
-        k, v = jax.lax.optimization_barrier((k, v))
-        if segment.k_codec.pre_rope:
+        there = (block[None, :] < sealed[:, None]) & (block >= chunk * per_chunk)[None, :]
+        token = jnp.where(there, base[None, :], nowhere)[:, :, None] + tile[None, None, :]
+        # Without the barrier XLA on CPU decodes each key twice, once for each half of the rotation (1.3x slower), and
+        # counts tokens anew for every score (prefill 3x slower).
+        k, v, token = jax.lax.optimization_barrier((k, v, token.reshape(token.shape[0], -1)))
+        k = k.astype(jnp.float32)
+        if pre_rope and many:  # fewer keys than queries of each block: keys are turned, to where they are
+            cos, sin = cos_sin(shape.rope, base[None, :, None] + tile[None, None, :], qs.total[:, None, None])
+            k = rotate(k, cos[:, :, None], sin[:, :, None])
+        if pre_rope and not many:
             cos, sin = cos_sin(shape.rope, qs.position[:, :, None] - base[None, None, :], qs.total[:, None, None])
             q = rotate(qs.raw[:, :, :, :, None], cos[:, None, None], sin[:, None, None])
-            k = rotate(k.astype(jnp.float32), tile_cos[:, None, None], tile_sin[:, None, None])
+            k = rotate(k, tile_cos[:, None, None], tile_sin[:, None, None])
             scores = jnp.einsum("bkgsnh,bnkth->bkgsnt", q, k, preferred_element_type=jnp.float32)
         else:
-            k = k.astype(jnp.float32)
             scores = jnp.einsum("bkgsh,bnkth->bkgsnt", qs.rotated, k, preferred_element_type=jnp.float32)
-        token = base[:, None] + tile[None, :]
-        valid = (block[None, :] < sealed[:, None]) & (block[None, :] >= chunk * per_chunk)
-        visible = valid[:, None, :, None] & _in_window(shape, qs.position[:, :, None, None], token[None, None])
-        B, S = qs.position.shape
-        p, top, total = _softmax_part(scores.reshape(*scores.shape[:4], -1), visible.reshape(B, S, -1))
+        visible = _in_window(shape, qs.position[:, :, None], token[:, None, :])
+        p, top, total = _softmax_part(scores.reshape(*scores.shape[:4], -1), visible)
         p = p.reshape(scores.shape)
         acc = jnp.einsum("bkgsnt,bnkth->bkgsh", p, v.astype(jnp.float32), preferred_element_type=jnp.float32)
         return merge(part, Partial(acc, top, total))
