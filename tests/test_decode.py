@@ -259,6 +259,17 @@ def test_temporaries_of_a_long_prompt_are_bounded(model, attention):
     assert sizes[4096] - sizes[1024] <= per_token * 3072 + 4096
 
 
+@pytest.mark.parametrize("attention", ["exact", "cached"])
+def test_temporaries_of_a_prompt_do_not_follow_the_context(model, attention):
+    run = cached.prefill_exact if attention == "exact" else cached.prefill_cached
+    sizes = []
+    for capacity in (16384, 65536):
+        cache = jax.eval_shape(lambda capacity=capacity: new_cache(model, "kvquant", batch=1, capacity=capacity))
+        args = jax.ShapeDtypeStruct((1, 256), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        sizes.append(run.lower(model, cache, *args).compile().memory_analysis().temp_size_in_bytes)
+    assert sizes[1] < 1.05 * sizes[0]
+
+
 def test_generate_ends_rows_at_eos_and_repeats_by_seed(model, tokens):
     def run(rows=slice(None), eos=(), seed=1):
         cache = new_cache(model, "kvquant", batch=len(tokens[rows]))

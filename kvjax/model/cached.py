@@ -154,6 +154,8 @@ def prefill_exact(model, cache, tokens, counts):
             def body(layer, carry, first=segment.layer_ids[0]):
                 x, segment = carry
                 x, new = attend(x, segment, layer, first + layer)
+                # All reading before the write: else XLA copies the whole cache, twice per layer.
+                x, new, segment = jax.lax.optimization_barrier((x, new, segment))
                 return x, write(segment, layer, new)
 
             x, segment = jax.lax.fori_loop(0, segment.layers, body, (x, segment))
@@ -176,6 +178,7 @@ def _alternate(segments: tuple[Segment, ...], attend: Any, write: Any, x: jax.Ar
             functools.partial(lambda n, x, segments, *at: attend(x, segments[n], *at), n) for n in range(len(segments))
         ]
         x, new = jax.lax.switch(which, branches, x, segments, at, absolute)
+        x, new, segments = jax.lax.optimization_barrier((x, new, segments))  # as in `prefill_exact`
         # A loop of one turn or none: unlike the branch of a conditional it updates the cache in place.
         return x, [
             jax.lax.fori_loop(0, (which == n).astype(jnp.int32), lambda _, s: write(s, at, new), segment)
