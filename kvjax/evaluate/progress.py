@@ -5,6 +5,7 @@ import datetime
 import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -33,6 +34,39 @@ def bar(shown: bool, unit: str) -> Progress:
         transient=True,
         disable=not shown,
     )
+
+
+def growing_bar(shown: bool) -> Progress:
+    """A bar like `bar` whose tasks say their own speed and time left, in the fields `speed` and `left`."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens  {task.fields[speed]} "),
+        TimeElapsedColumn(),
+        TextColumn("left {task.fields[left]}"),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not shown,
+    )
+
+
+def seconds_left(calls: Sequence[tuple[int, float]], total: int) -> float:
+    """Of a prefill whose tokens cost a + b * position each: the last calls' speed alone would promise too much.
+
+    Args:
+      calls: tokens and seconds since the start, first (0, 0.0), then at the end of each call.
+    """
+    tokens, seconds = np.asarray(calls, np.float64).T
+    if len(calls) < 3:
+        return float(seconds[-1] / tokens[-1] * (total - tokens[-1]))
+    centre, cost = (tokens[1:] + tokens[:-1]) / 2, np.diff(seconds) / np.diff(tokens)
+    b, a = np.polyfit(centre, cost, 1)
+    return max(0.0, float((total - tokens[-1]) * (a + b * (total + tokens[-1]) / 2)))
+
+
+def clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 class Units:
@@ -115,4 +149,4 @@ class _Left(ProgressColumn):
 
     def render(self, task: object) -> Text:
         seconds = self._units.seconds_left()
-        return Text("-:--:--" if seconds is None else str(datetime.timedelta(seconds=round(seconds))))
+        return Text("-:--:--" if seconds is None else clock(seconds))
