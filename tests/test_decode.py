@@ -261,6 +261,8 @@ def test_temporaries_of_a_long_prompt_are_bounded(model, attention):
 
 @pytest.mark.parametrize("attention", ["exact", "cached"])
 def test_temporaries_of_a_prompt_do_not_follow_the_context(model, attention):
+    if attention == "exact" and jax.__version_info__ < (0, 11):
+        pytest.skip("XLA in JAX 0.10.2 copies part of the cache in exact prefill; README, Limits")
     run = cached.prefill_exact if attention == "exact" else cached.prefill_cached
     sizes = []
     for capacity in (16384, 65536):
