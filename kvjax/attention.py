@@ -345,24 +345,38 @@ def _recent(cache: KVCache, segment: Segment, layer: Any, qs: Queries, new: NewT
 
 
 def _this_call(cache: KVCache, qs: Queries, new: NewTokens) -> Partial:
-    """The call's own tokens, uncompressed and causal, a chunk of keys at a time."""
-    S = new.v.shape[2]
+    """The call's own tokens, uncompressed and causal."""
+    first_query = (qs.position.min(1) - qs.call_start).max()  # the same in all rows
+    return own_tokens(cache, qs, new.k_rotated, new.v, new.counts, first_query)
+
+
+def own_tokens(
+    cache: KVCache, qs: Queries, k: jax.Array, v: jax.Array, counts: jax.Array, first_query: Any, first_key: Any = 0
+) -> Partial:
+    """A run of the call's own tokens, uncompressed and causal, a chunk of keys at a time.
+
+    Args:
+      qs: queries of consecutive tokens.
+      k, v: `[B, K, S, H]`, keys after RoPE and values, of consecutive tokens.
+      counts: `[B]`, tokens of the call.
+      first_query, first_key: numbers in the call of the first query and of the first key.
+    """
+    S = v.shape[2]
     size = min(CHUNK_TOKENS, S)
-    first_query = qs.position.min(1) - qs.call_start  # offset of the first query in the call, the same in all rows
-    last = jnp.minimum((first_query.max() + qs.position.shape[1] + size - 1) // size, -(-S // size))
+    ahead = first_query - first_key
+    last = jnp.minimum((ahead + qs.position.shape[1] + size - 1) // size, -(-S // size))
 
     def body(chunk, part):
         start = jnp.minimum(chunk * size, S - size)
-        k, v = (
-            jax.lax.dynamic_slice_in_dim(x, start, size, axis=2).astype(jnp.float32) for x in (new.k_rotated, new.v)
-        )
+        ks, vs = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=2).astype(jnp.float32) for x in (k, v))
         index = start + jnp.arange(size, dtype=jnp.int32)
-        valid = (index[None, :] < new.counts[:, None]) & (index >= chunk * size)[None, :]
-        token = (qs.call_start[:, None] + index[None, :])[:, None, :]
+        at = first_key + index
+        valid = (at[None, :] < counts[:, None]) & (index >= chunk * size)[None, :]
+        token = (qs.call_start[:, None] + at[None, :])[:, None, :]
         visible = valid[:, None] & _in_window(cache.shape, qs.position[:, :, None], token)
-        return merge(part, dense_partial(qs.rotated, k, v, visible))
+        return merge(part, dense_partial(qs.rotated, ks, vs, visible))
 
     first = jnp.int32(0)
     if cache.shape.sliding_window is not None:
-        first = jnp.maximum(first_query.min() - cache.shape.sliding_window + 1, 0) // size
+        first = jnp.maximum(ahead - cache.shape.sliding_window + 1, 0) // size
     return jax.lax.fori_loop(first, last, body, empty_partial(qs.raw))

@@ -115,24 +115,12 @@ def last_rows(cache: KVCache, x: jax.Array, counts: jax.Array) -> jax.Array:
 def _this_call(cache: KVCache, qs: Any, k: jax.Array, v: jax.Array, counts: jax.Array, chunk: Any) -> Partial:
     """The call's own tokens, uncompressed and causal, of the chunks up to that of the queries."""
     C = k.shape[3]
-    size = min(attention.CHUNK_TOKENS, C)
 
     def of_chunk(i, part):
         keys, values = (
             whole(cache, jax.lax.dynamic_index_in_dim(x, i, axis=2, keepdims=False), heads=1) for x in (k, v)
         )
-
-        def of_piece(piece, part):
-            start = jnp.minimum(piece * size, C - size)
-            ks, vs = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=2).astype(jnp.float32) for x in (keys, values))
-            index = start + jnp.arange(size, dtype=jnp.int32)
-            at = i * C + index
-            valid = (at[None, :] < counts[:, None]) & (index >= piece * size)[None, :]
-            token = (qs.call_start[:, None] + at[None, :])[:, None, :]
-            visible = valid[:, None] & attention._in_window(cache.shape, qs.position[:, :, None], token)
-            return attention.merge(part, attention.dense_partial(qs.rotated, ks, vs, visible))
-
-        return jax.lax.fori_loop(0, -(-C // size), of_piece, part)
+        return attention.merge(part, attention.own_tokens(cache, qs, keys, values, counts, chunk * C, i * C))
 
     first = jnp.int32(0)
     if cache.shape.sliding_window is not None:
