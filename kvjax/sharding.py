@@ -37,8 +37,8 @@ RULES: dict[str, P] = {
     "heads": P(None, "tensor"),  # [L, K, 1, H]: fitted constants of each channel
     "whole": P(),
 }
-# Letters of `kvjax.model.llama.WEIGHTS`: output heads, MLP channels and vocabulary are split, the width D never.
 ROWS = ("length", "frozen", "overrun")  # of `KVCache`
+# Letters of `kvjax.model.llama.WEIGHTS`: heads, MLP channels and vocabulary are split, the width D never.
 WEIGHT_AXES = {"K": "tensor", "F": "tensor", "V": "tensor"}
 
 
@@ -129,6 +129,14 @@ def cache_shardings(cache: "KVCache") -> "KVCache":
     """A cache of NamedShardings, one for each array of `cache`, which has a mesh."""
     assert cache.mesh is not None
     return _on(cache.mesh, cache_specs(cache))
+
+
+def placed(cache: "KVCache") -> "KVCache":
+    """An abstract cache with its shardings; as it is without a mesh."""
+    if cache.mesh is None:
+        return cache
+    shardings = cache_shardings(cache)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, shardings)
 
 
 def constrain(cache: "KVCache", sealed: bool = True) -> "KVCache":

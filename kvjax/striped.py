@@ -4,9 +4,10 @@ Blocks are dealt out in stripes: block n of the context belongs to device n mod 
 n // P. So the work is even at any fill, in prefill and under a sliding window. An array of N blocks, N a multiple of P,
 holds block n at index (n mod P) * N/P + n // P.
 
-`shard_map` stands here and nowhere else: kernels cannot be partitioned by XLA, and a slice of a sharded axis would be
-gathered. Attention of a decode step costs two all-reduces per layer, whatever the context: of the maximum of the
-scores, and of the sums (kernels-guide section 2; ring attention's merge, arXiv 2310.01889, section 3).
+`shard_map` stands here (`manual`; what moves saved blocks uses it too) and nowhere else: kernels cannot be partitioned
+by XLA, and a slice of a sharded axis would be gathered. Attention of a decode step costs two all-reduces per layer,
+whatever the context: of the maximum of the scores, and of the sums (kernels-guide section 2; ring attention's merge,
+arXiv 2310.01889, section 3).
 """
 
 import dataclasses
@@ -71,7 +72,7 @@ def attend(partial: Callable, cache: KVCache, segment: Segment, layer: Any, qs: 
         dataclasses.replace(rows, raw=P("data", "tensor"), rotated=P("data", "tensor")),
     )
     out = P("data", "tensor", None, "seq" if share else None)
-    return _manual(own, mesh, in_specs, out)(_facts(cache), blocks, jnp.asarray(layer, jnp.int32), qs)
+    return manual(own, mesh, in_specs, out)(_facts(cache), blocks, jnp.asarray(layer, jnp.int32), qs)
 
 
 def _join(part: Any, share: bool) -> Any:
@@ -108,7 +109,7 @@ def store(put: Callable, cache: KVCache, storage: Any, layer: Any, at: jax.Array
     sealed = sharding.specs("sealed", storage)
     new = jax.tree.map(lambda leaf: P(*sharding.spec("blocks", leaf[None])[1:]), block)
     rows = P("data")
-    return _manual(own, mesh, (sealed, P(), rows, new, rows, rows), sealed)(storage, layer, at, block, full, kept)
+    return manual(own, mesh, (sealed, P(), rows, new, rows, rows), sealed)(storage, layer, at, block, full, kept)
 
 
 def write_rows(write: Callable, cache: KVCache, arrays: Any, values: jax.Array, slot: jax.Array) -> Any:
@@ -123,7 +124,7 @@ def write_rows(write: Callable, cache: KVCache, arrays: Any, values: jax.Array, 
         return write(arrays, values, slot)
 
     held, new = sharding.spec("recent", arrays), sharding.spec("recent", values)
-    return _manual(write, mesh, (held, new, P("data")), held)(arrays, values, slot)
+    return manual(write, mesh, (held, new, P("data")), held)(arrays, values, slot)
 
 
 def read(cache: KVCache, storage: Any, at: jax.Array) -> Any:
@@ -143,7 +144,7 @@ def read(cache: KVCache, storage: Any, at: jax.Array) -> Any:
     if cache.mesh is None:
         return own(storage, at)
     in_specs = (sharding.specs("sealed", storage), P("data"))
-    return _manual(own, cache.mesh, in_specs, sharding.specs("blocks", storage))(storage, at)
+    return manual(own, cache.mesh, in_specs, sharding.specs("blocks", storage))(storage, at)
 
 
 @jax.tree_util.register_dataclass
@@ -181,7 +182,7 @@ class SpreadTokens:
 
         heads = "tensor" if self.values.shape[1] > 1 else None
         spread = P("data", heads, None, "seq")
-        return _manual(own, self.mesh, (spread, P("data")), P("data", heads))(self.values, index)
+        return manual(own, self.mesh, (spread, P("data")), P("data", heads))(self.values, index)
 
 
 def _from_owner(x: jax.Array, mine: jax.Array) -> jax.Array:
@@ -211,7 +212,7 @@ def embed(module: Any, mesh: Mesh | None, tokens: jax.Array, seq_axis: int | Non
     axes = ["data", *(None,) * (tokens.ndim - 1)]
     if seq_axis is not None:
         axes[seq_axis] = "seq"
-    return _manual(own, mesh, (P("tensor"), P(*axes)), P(*axes))(module.embedding[...], tokens)
+    return manual(own, mesh, (P("tensor"), P(*axes)), P(*axes))(module.embedding[...], tokens)
 
 
 def order(blocks: int, stripes: int) -> np.ndarray:
@@ -225,7 +226,8 @@ def _own_stripe(mesh: Mesh) -> Stripe:
     return Stripe(jax.lax.axis_index("seq") if count > 1 else 0, count)
 
 
-def _manual(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+def manual(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """`f` on every device's parts: `shard_map` over all axes."""
     # check_vma: kernels' results do not say over which axes they vary.
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

@@ -132,7 +132,7 @@ def step_arguments(config: ModelConfig, case: Case, target: str, sizes: Mapping[
         config.layers, config.q_heads, config.kv_heads, config.head_dim, model.rope, config.sliding_window
     )
     cache = abstract_cache(case.quant, preset(case.quant), shape, case.tokens, target=target, mesh=mesh)
-    cache = jax.tree.map(_placed, cache, sharding.cache_shardings(cache))
+    cache = sharding.placed(cache)
     row = _placed(jax.ShapeDtypeStruct((cache.batch,), jnp.int32), NamedSharding(mesh, P()))
     return _sharded(model, mesh), cache, row, row
 

@@ -96,12 +96,7 @@ class Bench:
 
     def abstract(self, capacity: int | None = None) -> KVCache:
         """The cache without its memory."""
-        cache = jax.eval_shape(lambda: self.cache(capacity))
-        if self.mesh is None:
-            return cache
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, sharding.cache_shardings(cache)
-        )
+        return sharding.placed(jax.eval_shape(lambda: self.cache(capacity)))
 
     def in_prefill(self, cache: KVCache, inside: bool = True) -> KVCache:
         """The cache with the window of prefill, or with the model's again."""

@@ -184,11 +184,7 @@ def _abstract(save: Save, shape: CacheShape, capacity: int | None, mesh: Any, ta
             mesh=mesh,
         )
 
-    cache = jax.eval_shape(make)
-    if mesh is None:
-        return cache
-    shardings = sharding.cache_shardings(cache)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, shardings)
+    return sharding.placed(jax.eval_shape(make))
 
 
 def _read_tokens(save: Save, mesh: Any) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kvjax.sharding import on_host
-from kvjax.striped import order
+from kvjax.striped import manual, order
 
 _PRIMES = (2654435761, 2246822519, 3266489917, 668265263, 374761393, 2860486313, 1500450271)
 
@@ -75,7 +75,7 @@ def _moved(x: jax.Array, source: jax.Array, mesh: Mesh | None, spec: P) -> jax.A
     def own(x, source):
         return _layer_by_layer(x, source.shape[0] // count, lambda layer: _exchange(layer, source, count))
 
-    return jax.shard_map(own, mesh=mesh, in_specs=(spec, P()), out_specs=spec, check_vma=False)(x, source)
+    return manual(own, mesh, (spec, P()), spec)(x, source)
 
 
 _move = jax.jit(_moved, static_argnames=("mesh", "spec"))
