@@ -48,6 +48,15 @@ def environment() -> str:
     return f"{datetime.date.today()}, {report.machine()}; {packages}"
 
 
+def compilers() -> str:
+    """Versions of the compilers of TPUs and GPUs, as far as they are installed."""
+    found = {}
+    for name in ("libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return "".join(f", {name} {version}" for name, version in found.items())
+
+
 def show(parts: Sequence[Table | str]) -> None:
     """Tables and notes on stdout. Numbers are never cut: a table wider than the terminal wraps there."""
     for part in parts:

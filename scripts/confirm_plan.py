@@ -8,8 +8,6 @@ kvjax/evaluate/confirm.py. Exit code 1 where a compiler contradicts a plan: anot
 """
 
 import argparse
-import contextlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -18,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device is looked for: the chips are described, not there
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the GPU's compiler complains of what does not fit; we say it
 
-from _cli import Parser, count, environment, one_line_errors, show, tokens
+from _cli import Parser, compilers, count, environment, one_line_errors, show, tokens
 from rich.table import Table
 
 from kvjax.evaluate import confirm
@@ -166,15 +164,6 @@ def table(columns: dict[str, list[str]]) -> Table:
     for row in zip(*columns.values()):
         made.add_row(*row)
     return made
-
-
-def compilers() -> str:
-    """Their versions."""
-    found = {}
-    for name in ("libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return "".join(f", {name} {version}" for name, version in found.items())
 
 
 if __name__ == "__main__":

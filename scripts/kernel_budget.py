@@ -7,9 +7,7 @@ they wrote. A tile is 128 tokens' keys and values of one kv head of 128 channels
 """
 
 import argparse
-import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import sys
@@ -20,7 +18,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device is looked for: the chips are described, not there
 
 import jax
-from _cli import Parser, count, environment, one_line_errors, show
+from _cli import Parser, compilers, count, environment, one_line_errors, show
 from rich.table import Table
 
 from kvjax.evaluate.compare_report import to_markdown
@@ -78,15 +76,6 @@ def as_json(costs: Sequence[budget.Cost], refused: dict[str, str]) -> dict[str, 
 
     rows = [{k: rounded(v) for k, v in dataclasses.asdict(c).items()} | {"ratio": round(c.ratio, 3)} for c in costs]
     return {"rows": rows, "refused": refused}
-
-
-def compilers() -> str:
-    """Their versions."""
-    found = {}
-    for name in ("libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return "".join(f", {name} {version}" for name, version in found.items())
 
 
 def chosen(value: str | None, option: str, known: tuple[str, ...]) -> list[str]:
