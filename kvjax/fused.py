@@ -88,6 +88,11 @@ def implementation(cache: KVCache, segment: Segment, target: str | None = None) 
     Raises:
       NotImplementedError: where the chunked reference does, with the reason.
     """
+    return _choose(cache, segment, target)[0]
+
+
+def _choose(cache: KVCache, segment: Segment, target: str | None = None) -> tuple[api.Implementation, Format, Format]:
+    """`implementation`, with the keys and values that it reads."""
     platform, chip = split(target or cache.target)
     if platform == "reference":
         raise NotImplementedError("asked for")
@@ -99,8 +104,9 @@ def implementation(cache: KVCache, segment: Segment, target: str | None = None) 
     if segment.k_codec.pre_rope and cache.shape.rope.dynamic is not None:
         raise NotImplementedError("dynamic RoPE turns every row by other angles")
     group = cache.shape.q_heads // cache.shape.kv_heads
-    api.check(*formats(segment), group, name, chip, segment.k_codec.pre_rope)
-    return name
+    k, v = formats(segment)
+    api.check(k, v, group, name, chip, segment.k_codec.pre_rope)
+    return name, k, v
 
 
 def kernel(cache: KVCache, segment: Segment) -> Callable[..., Partial] | None:
@@ -111,14 +117,16 @@ def kernel(cache: KVCache, segment: Segment) -> Callable[..., Partial] | None:
       after RoPE, times 1/sqrt(H); position `[B]` int32; stripe says which blocks of the context the segment holds.
     """
     try:
-        name = implementation(cache, segment)
+        name, k, v = _choose(cache, segment)
     except NotImplementedError:
         return None
-    return functools.partial(_attend, name, cache, segment)
+    return functools.partial(_attend, name, k, v, cache, segment)
 
 
 def _attend(
     name: api.Implementation,
+    k: Format,
+    v: Format,
     cache: KVCache,
     segment: Segment,
     layer: Any,
@@ -127,7 +135,6 @@ def _attend(
     position: jax.Array,
     stripe: Stripe,
 ) -> Partial:
-    k, v = formats(segment)
     shape, T = cache.shape, cache.block
     last = stripe.among(cache.sealed(cache.length)) * T
     first = jnp.zeros_like(last)
