@@ -27,10 +27,12 @@ import jax.numpy as jnp
 
 from kvjax import attention, reads
 from kvjax.aligned_parts import Block, Recent, by_criterion, contract, dot, mix, to_rank
-from kvjax.attention import Mode, NewTokens, Partial, Queries
+from kvjax.attention import Mode
 from kvjax.cache import KVCache, Segment
 from kvjax.codecs import align
 from kvjax.codecs.planes import PlanesCodec
+from kvjax.queries import NewTokens, Queries, in_window, rotate_tokens
+from kvjax.softmax import EMPTY, Partial, merge, softmax_part
 
 RESIDUES = 32  # tokens of the paper's estimate
 
@@ -60,10 +62,10 @@ class _Attention:
         self.recent = Recent(self)
 
     def run(self) -> tuple[Partial, jax.Array]:
-        part = attention._sinks(self.cache, self.segment, self.layer, self.qs, self.new, self.mode)
+        part = attention.sinks_partial(self.cache, self.segment, self.layer, self.qs, self.new, self.mode)
         if self.mode == "exact":
-            part = attention.merge(part, attention._this_call(self.cache, self.qs, self.new))
-        part = attention.merge(part, self.recent.exact_part())
+            part = merge(part, attention.this_call(self.cache, self.qs, self.new))
+        part = merge(part, self.recent.exact_part())
         self.k_extent = self._running("k", self.k_codec)
         self.v_extent = self._running("v", self.v_codec)
         self.largest = self._largest()
@@ -97,7 +99,7 @@ class _Attention:
 
         cache, T = self.cache, self.cache.block
         token = cache.sinks + n * T + jnp.arange(T, dtype=jnp.int32)
-        seen = attention._in_window(cache.shape, self.qs.position[:, :, None], token[None, None])
+        seen = in_window(cache.shape, self.qs.position[:, :, None], token[None, None])
         seen = seen & (n < cache.sealed(cache.length))[:, None, None]
         return Block(
             self.k_codec.unpack(jax.tree.map(take, self.segment.k)) if "k" in sides else None,
@@ -170,7 +172,7 @@ class _Attention:
     def rotate(self, k: jax.Array, position: jax.Array) -> jax.Array:
         """Keys `[B, K, t, H]` as the codec stores them, at `position[B, t]`: float32 after RoPE."""
         if self.k_codec.pre_rope:
-            k = attention.rotate_tokens(self.cache.shape, k, position, self.qs.total)
+            k = rotate_tokens(self.cache.shape, k, position, self.qs.total)
         return k.astype(jnp.float32)
 
     def _key_levels(self, block: Block) -> jax.Array:
@@ -195,7 +197,7 @@ class _Attention:
         """One step of the online softmax; the probabilities so far are upper bounds."""
         part, counts = carry
         scores, counts = self._scores(block, counts)
-        p, top, total = attention._softmax_part(scores, block.seen)
+        p, top, total = softmax_part(scores, block.seen)
         now = jnp.maximum(part.max, top)
         p = p * jnp.exp(top - now)[..., None]
         total = part.sum * jnp.exp(part.max - now) + total * jnp.exp(top - now)
@@ -207,10 +209,10 @@ class _Attention:
         """Maximum, sum and the best token of each residue, over the scores alone."""
         top, total, counts, best, token = carry
         scores, counts = self._scores(block, counts)
-        _, here, here_total = attention._softmax_part(scores, block.seen)
+        _, here, here_total = softmax_part(scores, block.seen)
         now = jnp.maximum(top, here)
         total = total * jnp.exp(top - now) + here_total * jnp.exp(here - now)
-        of_values = jnp.where(block.v_stored[:, None, None], scores, attention._EMPTY)
+        of_values = jnp.where(block.v_stored[:, None, None], scores, EMPTY)
         of_values = of_values.reshape(*scores.shape[:-1], -1, RESIDUES)
         row = of_values.argmax(-2).astype(jnp.int32)
         number = block.start[:, None, None, None, None] + row * RESIDUES + jnp.arange(RESIDUES)[None, None, None, None]
@@ -261,7 +263,7 @@ class _Attention:
 
     def _no_candidates(self) -> tuple[jax.Array, jax.Array]:
         shape = (*self.qs.rotated.shape[:-1], RESIDUES)
-        return jnp.full(shape, attention._EMPTY), jnp.zeros(shape, jnp.int32)
+        return jnp.full(shape, EMPTY), jnp.zeros(shape, jnp.int32)
 
     def _estimate(self, top: jax.Array, total: jax.Array, best: jax.Array, token: jax.Array) -> tuple:
         """The output's magnitude `[B, K, G, S, H]` by the first planes of a token per residue, and what was read."""
@@ -275,7 +277,7 @@ class _Attention:
         def residue(i: jax.Array, carry: tuple) -> tuple:
             estimate, bits, unit_bits = carry
             at, score = token[..., i], best[..., i]
-            found = score > attention._EMPTY
+            found = score > EMPTY
             stored = words[self.layer, b, jnp.minimum(at // T, words.shape[2] - 1), k, at % T]
             first = codec.first_planes(stored)
             fresh = jnp.clip(at - sealed * T, 0, recent.shape[2] - 1)

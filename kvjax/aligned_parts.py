@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax import attention
-from kvjax.attention import Partial
 from kvjax.codecs.planes import AlignedCodec
+from kvjax.queries import in_window, seen_stored
+from kvjax.softmax import Partial, softmax_part
 from kvjax.writing import span
 
 
@@ -50,9 +50,9 @@ class Recent:
         end = cache.length + (new.counts if a.mode == "cached" else 0)
         self.position = start[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
         query, token = a.qs.position[:, :, None], self.position[:, None, :]
-        visible = attention._in_window(cache.shape, query, token) & (self.position < end[:, None])[:, None]
+        visible = in_window(cache.shape, query, token) & (self.position < end[:, None])[:, None]
         stored = (
-            attention._seen_stored(cache, codec, window, query, token)
+            seen_stored(cache, codec, window, query, token)
             for codec, window in ((a.k_codec, cache.k_window), (a.v_codec, cache.v_window))
         )
         self.k_stored, self.v_stored = (visible if mask is None else visible & mask for mask in stored)
@@ -73,7 +73,7 @@ class Recent:
                 a.k_codec.roundtrip(blocks, a.k_params).swapaxes(1, 2).reshape(B, K, count, H).astype(a.cache.dtype)
             )
             scores = jnp.where(self.k_stored[:, None, None], dot(q, a.rotate(stored, self.position)), scores)
-        p, top, total = attention._softmax_part(scores, self.before)
+        p, top, total = softmax_part(scores, self.before)
         return Partial(mix(p, self.v_exact.astype(jnp.float32)), top, total)
 
     def block(self, n: jax.Array, sides: str) -> Block:

@@ -12,7 +12,7 @@ import pytest
 from kernel_cases import rotate
 
 import kvjax
-from kvjax import attention, decode, fused
+from kvjax import attention, decode, fused, sealed
 from kvjax.codecs.affine import AffineBlock
 from kvjax.codecs.identity import DenseBlock
 from kvjax.codecs.kvquant import NUQBlock
@@ -66,7 +66,7 @@ def both(cache):
     segment = cache.segments[0]
     assert fused.kernel(cache, segment)
     run = jax.jit(lambda f, cache: f(cache, cache.segments[0], jnp.int32(0), queries(cache)), static_argnums=0)
-    return run(attention._sealed, cache), run(lambda *args: attention._in_chunks(*args, Stripe()), cache)
+    return run(sealed.attend_sealed, cache), run(lambda *args: sealed.in_chunks(*args, Stripe()), cache)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_query_ten_million_tokens_after_its_keys(model, path, monkeypatch):
     @jax.jit
     def run(cache):
         qs = attention.queries(shape, jnp.asarray(q), jnp.asarray(start), jnp.asarray(start + 1))
-        return attention.finish(attention._sealed(cache, cache.segments[0], jnp.int32(0), qs))[:, :, :, 0]
+        return attention.finish(sealed.attend_sealed(cache, cache.segments[0], jnp.int32(0), qs))[:, :, :, 0]
 
     expected = attend64(segment, q[:, 0] / np.sqrt(shape.head_dim), start[:, None] - cache.sinks)
     np.testing.assert_allclose(run(cache), expected, rtol=0, atol=2e-4)

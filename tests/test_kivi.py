@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from cases import make_policy
 
-from kvjax import attention, decode
+from kvjax import decode
 from kvjax.model.rope import make_rope
 from kvjax.presets import kivi, named
+from kvjax.queries import rotate_tokens, seen_stored
 
 K, G, H, T, R, GROUP = 2, 2, 16, 32, 32, 8
 PROMPTS, STEPS = (*range(1, R + 7), *range(2 * R - 2, 2 * R + 3)), R + 9  # prompts in tokens, a row each
@@ -72,9 +73,7 @@ class Streaming:
 def rotated(x):
     """RoPE at positions 0, 1, ... of `x[n, heads, H]`, in the library's float32."""
     position = np.arange(len(x))[None, :]
-    return np.asarray(attention.rotate_tokens(SHAPE, x.swapaxes(0, 1)[None], position, np.array([len(x)])))[0].swapaxes(
-        0, 1
-    )
+    return np.asarray(rotate_tokens(SHAPE, x.swapaxes(0, 1)[None], position, np.array([len(x)])))[0].swapaxes(0, 1)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -136,8 +135,8 @@ def test_windows(window, k_run, v_exact):
     for n in (1, 31, 32, 33, 128, 129, 130, 513, 514, 641, 1025, 1500):
         query = np.int32(n - 1)
         part = cache.segments[0]
-        seen_k = attention._seen_stored(cache, part.k_codec, cache.k_window, query, token)
-        seen_v = attention._seen_stored(cache, part.v_codec, cache.v_window, query, token)
+        seen_k = seen_stored(cache, part.k_codec, cache.k_window, query, token)
+        seen_v = seen_stored(cache, part.v_codec, cache.v_window, query, token)
         stored_k, stored_v = k_run * ((n - 1) // k_run), max(0, n - 1 - window) if window else n
         assert np.asarray(seen_k)[:n].sum() == stored_k
         assert (n if seen_v is None else np.asarray(seen_v)[:n].sum()) == stored_v
