@@ -31,7 +31,7 @@ from kvjax.evaluate.bench import attention, device, headline, report, session, s
 from kvjax.evaluate.report import machine, plotting
 from pallas_kernels.decode_attention import api, specs
 
-STORAGES = "kivi4,kivi2,kvquant4,kvquant3,kvquant2,int4,kvquant4-dense,kvquant2-dense,int8,asymkv-k2v1"
+STORAGES = "kivi4,kivi2,kvquant4,kvquant3,kvquant2,int4,kvquant4-dense,kvquant2-dense,int8,asymkv-k2v1,kivi1"
 # What matters most first, should the time end; one of them is no multiple of a block.
 CONTEXTS = {
     "cpu": [4096, 32768],

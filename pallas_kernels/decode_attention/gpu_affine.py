@@ -118,6 +118,16 @@ class KeysPerChannel(_Keys):
     def meta_shape(self) -> tuple[int, ...]:
         return self.plan.run, self.plan.tokens // self.group, self.plan.channels
 
+    def _order(self, planes: range):
+        """(token group, half and tile of the words, number) of each plane: those that share most come together.
+
+        Planes in the same tokens' group share scales, if a plane has no more tokens of a block than a group.
+        """
+        rows = self.plan.rows
+        for i, p in enumerate(planes):
+            place = self.codes.place(p)
+            yield p * rows // self.group if rows <= self.group else p, place.half, place.tile, i
+
     def scores(self, dst, at: At, slot, planes: range) -> list:
         plan = self.plan
         dst = snapshot(plan, dst, (1, 2, 3))
@@ -128,17 +138,15 @@ class KeysPerChannel(_Keys):
             scale: Any = None
             zero: Any = None
             of: Any = None
-            for i, p in enumerate(planes):
-                # Planes in the same tokens' group share scales, if a plane has no more tokens of a block than a group.
-                here = p * plan.rows // self.group if plan.rows <= self.group else -p - 1
+            for here, half, tile, i in sorted(self._order(planes)):
+                p = planes[i]
                 if here != of:
                     of = here
                     scale, bias = (spread(plan, dst[x], slot, self.group, p, part) for x in (1, 2))
                     zero = multiply([(bias, 0)], dst[3], plan.columns, plan.interpret, part.start)
                 place = self.codes.place(p)
-                if (place.tile, place.half) not in loaded:  # one half of the words at a time is in registers
-                    alike = [x for x in planes if self.codes.place(x).half == place.half]
-                    loaded = self.loaded(dst, slot, alike, part)
+                if (tile, half) not in loaded:  # one half of one tile's words at a time is in registers
+                    loaded = self.loaded(dst, slot, [p], part)
                 a = exact(self.codes.field(loaded[place.tile, place.half], place), place.shift) * scale
                 s = multiply([(a, 0)], dst[3], plan.columns, plan.interpret, part.start) + zero
                 scores[i] = s if scores[i] is None else scores[i] + s
@@ -173,13 +181,13 @@ class KeysPerToken(_Keys):
 
 def token_row(plan: Plan, ref, slot, group: int, plane: int) -> jax.Array:
     """`ref[slots, run, groups, T]` of one group as the `[64]` float32 of a plane's rows."""
-    rows, first = plan.rows, plane * plan.rows
     if plan.interpret:
-        bits = ref[slot, :, group, first : first + rows].reshape(ROWS)
+        row = jnp.arange(ROWS, dtype=jnp.int32)
+        bits = ref[slot, :, group][plan.block(row), plan.token_in_block(row, plane)]
         return jax.lax.bitcast_convert_type(bits, f16).astype(f32)
 
     def at(r):
-        return r // rows, r * 0 + group, r % rows + first
+        return plan.block(r), r * 0 + group, plan.token_in_block(r, plane)
 
     return gather(ref.at[slot], (ROWS,), at, ROW).astype(f32)
 

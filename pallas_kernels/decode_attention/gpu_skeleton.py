@@ -7,8 +7,8 @@ shared memory as tiles of 64 rows: R word rows of each of `run = 64 / R` blocks,
 
     row r of plane p  is  token  p * R + r % R  of block  r // R  of the chunk,     0 <= p < T / R.
 
-Where a chunk of 64 / R blocks were too much (3 bits), the 64 rows are several groups, each of another part of the same
-blocks (`Plan.token`).
+Where a chunk of 64 / R blocks were too much (few bits), the 64 rows are several groups, each of another part of the
+same blocks (`Plan.token`), and a plane takes another field of each.
 
 Keys and values may have different word rows; R divides both, so both see the same planes. Scores and weights are tiles
 `[64, columns]` of float32, queries in columns (8 or 16 of them). Splits are merged outside.

@@ -104,22 +104,29 @@ class Words:
         return half & u16(((1 << self.bits) - 1) << place.shift)
 
     def keys(self, ref, halves: tuple[int, ...], part: range) -> list:
-        """The halves of the words `ref[run, R, H]` as tiles `[64, channels of part]` ordered by `contract`."""
+        """The halves of the words `ref[run, R, H]` as tiles `[64, channels of part]` ordered by `contract`.
+
+        In groups, the rows of a group take its bytes of the same words: of each half or quarter the low 16 bits.
+        """
         p = self.plan
         if p.interpret:
-            words = contract(ref[...].reshape(ROWS, p.channels))[:, part.start : part.stop]
+            words = contract(ref[...].reshape(-1, p.channels))[:, part.start : part.stop]
+            if p.groups > 1:
+                return [jnp.concatenate([self.part(words, i) for i in range(p.groups)])]
             return [(words >> u32(16 * x)).astype(u16) for x in halves]
 
         def registers(pointer, t: Thread) -> list:
             out = []
+            own, group = t.warp % (4 // p.groups), t.warp // (4 // p.groups)
+            row = own * 16 + t.lane8
             for line in range(part.start // 32, part.stop // 32):
                 odd = line % self.turn
                 for step in range(2):
-                    start = self.start(pointer, t.warp * 16 + t.lane8, odd, 2 * t.j + step, 0)
+                    start = self.start(pointer, row, odd, 2 * t.j + step, 0)
                     far = (line - odd) * p.rows
                     four = [start.load(far + self.down(i), 4, again=True) for i in range(2)]
                     out += [_pair(four[i], 2 * h, four[i], 2 * h + 1) for h in range(2) for i in range(2)]
-            return [_halves(out, x) for x in halves]
+            return [_halves(out, group * (4 // p.groups) if p.groups > 1 else 2 * x) for x in halves]
 
         return self.read(ref, (ROWS, len(part)), registers, len(halves))
 
@@ -128,15 +135,17 @@ class Words:
         Channels beyond the last repeat others."""
         p = self.plan
         if p.interpret:
-            words = jnp.pad(ref[...].reshape(ROWS, p.channels).T, ((0, p.padded - p.channels), (0, 0)))
+            words = jnp.pad(ref[...].reshape(-1, p.channels).T, ((0, p.padded - p.channels), (0, 0)))
             words = value_rows(words)[ROWS * tile : ROWS * (tile + 1)]
+            if p.groups > 1:
+                return [jnp.concatenate([self.part(words, i) for i in range(p.groups)], axis=1)]
             return [(words >> u32(16 * x)).astype(u16) for x in halves]
         lines = p.channels // 32
 
         def registers(pointer, t: Thread) -> list:
             out = []
             line = t.warp // 2 if 2 * tile + 1 < lines else 0
-            for step in range(4):
+            for step in range(4 // p.groups):
                 for h in range(2):
                     loaded = []
                     for e in range(2):
@@ -145,9 +154,15 @@ class Words:
                         far = (2 * tile - 2 * tile % self.turn) * p.rows
                         loaded.append(start.load(far + self.down(2 * step + h), 2))
                     out += [_pair(loaded[0], i, loaded[1], i) for i in range(2)]
-            return [_halves(out, x) for x in halves]
+            if p.groups > 1:
+                return [[x for i in range(0, 4, 4 // p.groups) for x in _halves(out, i)]]
+            return [_halves(out, 2 * x) for x in halves]
 
         return self.read(ref, (ROWS, ROWS), registers, len(halves))
+
+    def part(self, words: jax.Array, group: int) -> jax.Array:
+        """Of `words`, the 16 bits from which the rows of a group take their codes."""
+        return (words >> u32(32 // self.plan.groups * group)).astype(u16)
 
     @property
     def turn(self) -> int:
@@ -240,11 +255,8 @@ def spread(plan: Plan, ref, slot, group: int, plane: int, part: range) -> jax.Ar
     """float16 scales `ref[slots, run, T/group, H]` for a plane: `[64, channels of part]`, ordered by `contract`."""
     rows, channels = plan.rows, plan.channels
     if plan.interpret:
-        repeat = jnp.repeat(
-            ref[slot], min(group, rows), axis=1
-        )  # of each `max(rows, group)` tokens, the rows of a plane
-        low = plane * rows // group * group if rows <= group else plane * rows
-        tile = repeat[:, low // max(1, group // rows) :][:, :rows].reshape(ROWS, plan.channels)
+        row = jnp.arange(ROWS, dtype=jnp.int32)
+        tile = ref[slot][plan.block(row), plan.token_in_block(row, plane) // group]
         return jax.lax.bitcast_convert_type(contract(tile)[:, part.start : part.stop], f16)
 
     @plgpu.inline_mgpu(
@@ -261,7 +273,7 @@ def spread(plan: Plan, ref, slot, group: int, plane: int, part: range) -> jax.Ar
                 loaded.append(loaded[0])
                 continue
             row = t.warp * 16 + t.lane8 + 8 * i
-            at = row // rows * groups + (row % rows + plane * rows) // group
+            at = plan.block(row) * groups + plan.token_in_block(row, plane) // group
             start = _Start(pointer, at * pairs + t.j * 4)
             loaded.append([start.load(line / 2, 4) for line in range(part.start // 32, part.stop // 32)])
         out = []
@@ -277,11 +289,12 @@ def _pair(a, i: int, b, j: int):
     return vector.extract(a, [], [i]), vector.extract(b, [], [j])
 
 
-def _halves(pairs: list, half: int) -> list:
-    """The same half of both words of each pair, as one register."""
-    select = arith.constant(ir.IntegerType.get_signless(32), 0x7632 if half else 0x5410)
+def _halves(pairs: list, byte) -> list:
+    """The 16 bits of both words of each pair from a byte on, a number of this or of the generated program, as one
+    register; what is beyond a word is not zero."""
+    select = _Int(arith.constant(ir.IntegerType.get_signless(32), 0x5410)) + byte * 0x1111
     out_type = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
-    return [mgpu.utils.bitcast(mgpu.utils.prmt(high, low, select), out_type) for low, high in pairs]
+    return [mgpu.utils.bitcast(mgpu.utils.prmt(high, low, select.value), out_type) for low, high in pairs]
 
 
 def _down(x: jax.Array, bits: int, interpret) -> jax.Array:

@@ -19,6 +19,8 @@ from pallas_kernels.decode_attention.formats import (
 
 SHARED_BYTES = 222 << 10  # of a block on an H100 (227 KiB), less what Mosaic adds for reductions and barriers
 
+MOST_COPIED = 256  # elements along one axis that the copy engine takes at once
+
 
 def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
     """Raises NotImplementedError, in words, for what the kernel does not do."""
@@ -70,22 +72,22 @@ def _codebook_refusal(k: Format, v: Format, rotates: bool) -> str:
         return "keys are taken per channel and before RoPE, values per token"
     if channels not in (64, 128):
         return f"head size must be 64 or 128 for codebooks, not {channels}"
-    if tokens not in (128, 256, 512):
-        return f"blocks must have 128, 256 or 512 tokens, not {tokens}"
+    if tokens not in (128, 256):
+        return f"blocks must have 128 or 256 tokens, not {tokens}"
     return ""
 
 
 def _refusal(fmt: Format, name: str) -> str:
     """Why not, or nothing."""
-    channels = shape_of(fmt)[5]
+    *_, tokens, channels = shape_of(fmt)
     if isinstance(fmt, Dense):
         return "head size 96 is not a multiple of its tiles" if channels == 96 else ""
     if not isinstance(fmt, Affine):
         return "there is no decoder for them yet"
-    if fmt.bits == 1 and name == "keys":
-        return "a thread's registers do not hold the 32 planes of 1-bit keys"
     if fmt.bits == 3:
         return "3-bit codes straddle words"
+    if tokens > MOST_COPIED:
+        return f"their blocks have {tokens} tokens, and a copy takes {MOST_COPIED} at most"
     if fmt.along != ("tokens" if name == "keys" else "channels") and _size(fmt) != channels:
         return "keys are scaled per channel or per whole token, values per token"
     if fmt.dtype != "float16":
@@ -132,7 +134,15 @@ def _decoders(k: Any, v: Any, group: int, interpret: Any = None, splits: int | N
 
     module = {Dense: gpu_dense, Affine: gpu_affine}
     rows = tuple(module[type(x)].word_rows(x) for x in (k, v))
-    plan = gpu_skeleton.plan(k, group, rows, interpret, splits)
+    groups = 1
+    if isinstance(k, Affine) and isinstance(v, Affine):
+        # Of words of few bits a chunk would have more planes than registers and shared memory suffice for.
+        *_, tokens, channels = shape_of(k)
+        most = 2 if channels > 128 else 4 if group > 8 else 8
+        planes, groups = tokens // min(rows), min(4, 64 // min(64, *rows))
+        while groups > 1 and planes // groups * 2 <= most:
+            groups //= 2
+    plan = gpu_skeleton.plan(k, group, rows, interpret, splits, groups)
     keys: Any
     values: Any
     if isinstance(k, Dense):

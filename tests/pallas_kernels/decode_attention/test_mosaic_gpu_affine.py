@@ -21,6 +21,8 @@ CASES = [
     ("kivi4", "mqa16-h64", "full,0", 100),
     ("kivi4-g128", "mha-h128", "T-1,T", 0),
     ("kivi8", "gqa3-h96", "T-1,T", 0),
+    ("kivi2", "gqa4-h128-t256", "T+1,full", 0),
+    ("kivi1", "gqa3-h96", "full,0", 100),
 ]
 
 
@@ -72,7 +74,6 @@ def test_no_races_between_copies_and_reads_of_many_chunks():
     ("storage", "shape", "why"),
     [
         ("bf16", "gqa3-h96", "head size 96"),
-        ("kivi1", "gqa4-h128", "1-bit keys"),
     ],
 )
 def test_what_is_not_done_is_said(storage, shape, why):
