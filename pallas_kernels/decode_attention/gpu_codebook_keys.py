@@ -5,12 +5,14 @@ A key at token t is rotated by t minus the query's position, an angle that split
     t - position = (first token of the chunk - position) + (row's token in plane 0) + (tokens between planes) * plane.
 
 The last part turns the query instead, once per plane and call. The others turn the key, by tables of 64 rows that no
-plane depends on: cos and sin of the row's part lie in shared memory, those of the chunk's are two factors per channel
-(coarse and fine, multiplied for every chunk), and scale and zero are folded into the cos and sin of the sum. A pair of
-levels (l1, l2) then costs four multiply-adds: s1 cos l1 - s2 sin l2 + z1', s2 cos l2 + s1 sin l1 + z2'.
+plane depends on. A row's token is that of its warp's first row and of its row among 16: cos and sin of the latter lie
+in shared memory, those of chunk and warp are three factors per channel (coarse, fine and the warp's, multiplied for
+every chunk), and scale and zero are folded into the cos and sin of the sum. A pair of levels (l1, l2) then costs four
+multiply-adds: s1 cos l1 - s2 sin l2 + z1', s2 cos l2 + s1 sin l1 + z2'.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -24,7 +26,6 @@ from pallas_kernels.decode_attention import gpu_skeleton
 from pallas_kernels.decode_attention.formats import Codebook, Rotation, shape_of
 from pallas_kernels.decode_attention.gpu_codebook_slots import key_scores
 from pallas_kernels.decode_attention.gpu_codebook_tiles import (
-    ACROSS,
     DEPTH,
     LEFT,
     RIGHT,
@@ -33,6 +34,9 @@ from pallas_kernels.decode_attention.gpu_codebook_tiles import (
     key_words,
     load,
     product,
+    repeated,
+    row_tables,
+    warp_rows,
 )
 from pallas_kernels.decode_attention.gpu_dense import normalised
 from pallas_kernels.decode_attention.gpu_skeleton import At, Plan, flat, load_column
@@ -40,15 +44,24 @@ from pallas_kernels.decode_attention.gpu_tiles import ROWS, WGMMA, full, over_ro
 from pallas_kernels.packing import codes_per_cell
 
 FINE = 64  # blocks between coarse angles
+WARPS = ROWS // DEPTH
 BEFORE = 16  # blocks by which a chunk may start before block 0
 
 
 def plan(k: Codebook, group: int, interpret: Any, splits: int | None) -> Plan:
     """Rows are cells; at 3 bits those of a quarter of the blocks that would fill a tile, four times."""
-    cells = shape_of(k)[4] // codes_per_cell(k.bits)
-    sizes = gpu_skeleton.plan(k, group, (cells,), interpret, splits, 4 if k.bits == 3 else 1)
+    *_, tokens, channels = shape_of(k)
+    cells = tokens // codes_per_cell(k.bits)
+    groups = 4 if k.bits == 3 else 2 if channels > 128 and cells <= 32 else 1
+    sizes = gpu_skeleton.plan(k, group, (cells,), interpret, splits, groups)
     # 16 planes at once leave too few registers for the slots.
-    return dataclasses.replace(sizes, alive=32) if k.bits == 2 and k.slots else sizes
+    return dataclasses.replace(sizes, alive=32 if k.bits == 2 and k.slots else 64)
+
+
+def at_once(plan: Plan, bits: int, slots: int) -> int:
+    """Planes that have a tile each in shared memory at a time; of large heads few find room beside the words."""
+    most = len(plan.rounds[0])
+    return most if plan.channels <= 128 else min(most, 2 if bits == 3 and slots else 4)
 
 
 def table_of(fmt: Codebook, layer: jax.Array) -> jax.Array:
@@ -68,13 +81,18 @@ class CodebookKeys:
     rotation: Rotation
 
     @property
+    def few(self) -> int:
+        """Planes whose slots are taken at once."""
+        return at_once(self.plan, self.bits, self.slots)
+
+    @property
     def width(self) -> int:
         """Channels in whole threads."""
         return max(self.plan.channels, 128)
 
     def arrays(self, fmt: Codebook, q: jax.Array) -> list:
         q, unit = normalised(q, jnp.float32)
-        once = [table_of(fmt, self.layer), self._queries(q), unit, self._row_angles(), self._folds(fmt)]
+        once = [table_of(fmt, self.layer), self._queries(q), unit, self._row_angles(), self._warps(), self._folds(fmt)]
         slots = [fmt.slot_channel, fmt.slot_residual] if self.slots else []
         return [*once, self._coarse(), self._fine(), *(flat(self.plan, x) for x in (fmt.codes, *slots))]
 
@@ -87,8 +105,12 @@ class CodebookKeys:
         return turned.astype(jnp.float16).swapaxes(-1, -2)
 
     def _row_angles(self) -> jax.Array:
-        """cos and sin by which plane 0 turns: `[2, 64, H/2]` float32."""
-        return jnp.stack(self._angles(self._place(self.plan.token(jnp.arange(ROWS, dtype=jnp.int32), 0))))
+        """cos and sin by which plane 0 of a warp's 16 rows turns, from the first: `[2, 16, H/2]` float32."""
+        return jnp.stack(self._angles(self._place(self.plan.token(jnp.arange(DEPTH, dtype=jnp.int32), 0))))
+
+    def _warps(self) -> jax.Array:
+        """`[4, 2, H/2]`: cos and sin of each warp's first row."""
+        return self._factors(self._place(self.plan.token(jnp.arange(0, ROWS, DEPTH, dtype=jnp.int32), 0)))
 
     def _folds(self, fmt: Codebook) -> jax.Array:
         """`[K, 3, width]` float32: s; then a and b of y = a cos + b sin, the zeros turned by a chunk's angle."""
@@ -98,17 +120,16 @@ class CodebookKeys:
         return self._wide(jnp.stack(folds, 1))
 
     def _coarse(self) -> jax.Array:
-        """`[B, blocks / 64, 2, width]`: cos and sin from every 64th block, the first `BEFORE` 0, to the query."""
+        """`[B, blocks / 64, 2, H/2]`: cos and sin from every 64th block, the first `BEFORE` 0, to the query."""
         block = FINE * jnp.arange(-(-(self.plan.blocks + BEFORE) // FINE), dtype=jnp.int32) - BEFORE
         return self._factors(self.rotation.position[:, None] - self._place(block[None] * self.plan.tokens))
 
     def _fine(self) -> jax.Array:
-        """`[64, 2, width]`: cos and sin of so many blocks."""
+        """`[64, 2, H/2]`: cos and sin of so many blocks."""
         return self._factors(self._place(jnp.arange(FINE, dtype=jnp.int32) * self.plan.tokens))
 
     def _factors(self, offsets: jax.Array) -> jax.Array:
-        cos, sin = self._angles(offsets)
-        return self._wide(jnp.stack([jnp.concatenate([x, x], -1) for x in (cos, sin)], -2))
+        return jnp.stack(self._angles(offsets), -2)
 
     def _angles(self, offsets: jax.Array):
         return self.rotation.angles(offsets)
@@ -117,7 +138,7 @@ class CodebookKeys:
         return self.rotation.place(token, self.plan.tokens)
 
     def _wide(self, x: jax.Array) -> jax.Array:
-        return jnp.concatenate([x] * (self.width // x.shape[-1]), -1) if self.width > x.shape[-1] else x
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, self.width - x.shape[-1]),))
 
     def scratch(self) -> list:
         p = self.plan
@@ -125,10 +146,11 @@ class CodebookKeys:
             plgpu.SMEM((8,), jnp.uint32),
             plgpu.SMEM((p.planes, p.channels, p.columns), jnp.float16),
             plgpu.SMEM((p.columns,), jnp.float32),
-            plgpu.SMEM((2, ROWS, p.channels // 2), jnp.float32),
+            plgpu.SMEM((2, DEPTH, p.channels // 2), jnp.float32),
+            plgpu.SMEM((WARPS, 2, p.channels // 2), jnp.float32),
             plgpu.SMEM((3, self.width), jnp.float32),
-            plgpu.SMEM((p.slots, 2, 2, self.width), jnp.float32),
-            plgpu.SMEM((5, self.width), jnp.float32),
+            plgpu.SMEM((p.slots, 2, 2, p.channels // 2), jnp.float32),
+            plgpu.SMEM((WARPS, 4, self.width), jnp.float32),
             plgpu.SMEM((p.slots, p.run, p.tokens * self.bits // 32, p.channels), jnp.uint32),
             *(self._slot_scratch() if self.slots else []),
         ]
@@ -138,80 +160,90 @@ class CodebookKeys:
         return [
             plgpu.SMEM(size, jnp.uint8),
             plgpu.SMEM(size, jnp.uint16),
-            plgpu.SMEM((len(p.rounds[0]), ROWS, p.columns), jnp.float32),
+            plgpu.SMEM((self.few, ROWS, p.columns), jnp.float32),
         ]
 
     def copies(self) -> int:
         return 5 if self.slots else 3
 
     def begin_copies(self) -> int:
-        return 5
+        return 6
 
     def begin(self, src, dst, at: At, barrier) -> None:
-        table, queries, unit, angles, folds, *_ = src
+        table, queries, unit, angles, warps, folds, *_ = src
         here = (at.row, at.head)
-        for source, target in zip((table, queries.at[here], unit.at[here], angles, folds.at[at.head]), dst):
+        for source, target in zip((table, queries.at[here], unit.at[here], angles, warps, folds.at[at.head]), dst):
             plgpu.copy_gmem_to_smem(source, target, barrier)
         plgpu.barrier_wait(barrier)
 
     def fetch(self, src, dst, at: At, slot, barrier) -> None:
-        coarse, fine, *stored = src[5:]
-        factors, _, words, *slots = dst[5:]
+        coarse, fine, *stored = src[6:]
+        factors, _, words, *slots = dst[6:]
         block = at.start + BEFORE
         plgpu.copy_gmem_to_smem(coarse.at[at.row, lax.div(block, FINE)], factors.at[slot, 0], barrier)
         plgpu.copy_gmem_to_smem(fine.at[lax.rem(block, FINE)], factors.at[slot, 1], barrier)
         fetch_blocks(self.plan, stored, [x.at[slot] for x in (words, *slots[:2])], at, barrier)
 
     def scores(self, dst, at: At, slot, planes: range) -> list:
-        table, queries, unit, angles, folds, factors, turns, words, *slots = dst
+        table, queries, unit, angles, warps, folds, factors, turns, words, *slots = dst
         if planes.start == 0:
-            self._turn(folds, factors.at[slot], turns)
+            self._turn(folds, factors.at[slot], warps, turns)
         interpret, half = self.plan.interpret, self.plan.channels // 2
         table = [table[i] for i in range(codes.REGISTERS[self.bits])]
 
         def pairs(c, sums):
-            first, second = (pl.ds(DEPTH * c + h, DEPTH) for h in (0, half))
+            first, second = (DEPTH * c + h for h in (0, half))
             k1, k2, s1, s2, z1, z2 = self._tables(angles, turns, first, second)
-            w1, w2 = (key_words(words.at[slot], DEPTH * c + h, self.bits, interpret) for h in (0, half))
+            w1, w2 = (key_words(words.at[slot], column, self.bits, interpret) for column in (first, second))
             sums = dict(zip(planes, sums))
             for group in codes.together(planes, self.bits):
                 l1, l2 = (codes.lookup(w, table, self.bits, group, LEFT, interpret) for w in (w1, w2))
                 for p, a, b in zip(group, l1, l2):
-                    q1, q2 = (load(queries.at[p, columns], RIGHT, interpret) for columns in (first, second))
+                    q1, q2 = (load(queries.at[p, pl.ds(x, DEPTH)], RIGHT, interpret) for x in (first, second))
                     sums[p] = product(sums[p], added(added(z1, a, k1, interpret), b, s2, interpret, -1), q1, interpret)
                     sums[p] = product(sums[p], added(added(z2, b, k2, interpret), a, s1, interpret), q2, interpret)
             return tuple(sums.values())
 
         if self.slots:
             *slots, start = slots
-            slots, turn = [s.at[slot] for s in slots], turns.at[3:5]
-            key_scores(self.plan, start, slots, angles, turn, queries, planes)
-            empty = tuple(load(start.at[i], WGMMA, interpret) for i in range(len(planes)))
+            slots = [s.at[slot] for s in slots]
+            empty = ()
+            for first in range(0, len(planes), self.few):
+                some = planes[first : first + self.few]
+                key_scores(self.plan, start, slots, angles, turns, queries, some)
+                empty += tuple(load(start.at[i], WGMMA, interpret) for i in range(len(some)))
         else:
             empty = tuple(full((ROWS, self.plan.columns), 0.0, interpret) for _ in planes)
         sums = lax.fori_loop(0, half // DEPTH, pairs, empty)
         unit = over_rows(load_column(unit, interpret), ROWS)
         return [s * unit for s in sums]
 
-    def _turn(self, folds, factors, turns) -> None:
-        """s cos, s sin and the turned zeros, by the chunk's angle."""
+    def _turn(self, folds, factors, warps, turns) -> None:
+        """s cos, s sin and the turned zeros, then half cos and half sin, by the angle of the chunk for each warp."""
+        interpret, half = self.plan.interpret, self.plan.channels // 2
         layout = plgpu.Layout.WG_STRIDED((self.width,), vec_size=self.width // 128)
-        (c1, s1), (c2, s2) = ([load(factors.at[i, j], layout, self.plan.interpret) for j in (0, 1)] for i in (0, 1))
-        cos, sin = c1 * c2 + s1 * s2, s1 * c2 - c1 * s2
-        s, a, b = (load(folds.at[i], layout, self.plan.interpret) for i in range(3))
-        for i, x in enumerate((s * cos, s * sin, a * cos + b * sin, cos, sin)):
-            turns[i] = x
+
+        def both(ref):
+            return [repeated(ref.at[j], self.width, layout, interpret) for j in (0, 1)]
+
+        def less(a, b):  # cos and sin of the difference of two angles
+            return a[0] * b[0] + a[1] * b[1], a[1] * b[0] - a[0] * b[1]
+
+        chunk = less(both(factors.at[0]), both(factors.at[1]))
+        s, a, b = (load(folds.at[i], layout, interpret) for i in range(3))
+        iota = lax.broadcasted_iota if interpret else functools.partial(plgpu.broadcasted_iota, layout=layout)
+        lower = iota(jnp.int32, (self.width,), 0) < half
+        for w in range(WARPS):
+            cos, sin = less(chunk, both(warps.at[w]))
+            for i, x in enumerate((s * cos, s * sin, a * cos + b * sin, jnp.where(lower, cos, sin))):
+                turns[w, i] = x
         plgpu.commit_smem()
 
     def _tables(self, angles, turns, first, second) -> tuple:
         """s cos, s sin and the zero, of both channels of 16 pairs in 64 rows: by the row's angle less the chunk's."""
         interpret = self.plan.interpret
-        cos, sin = (load(angles.at[i, :, first], LEFT, interpret) for i in (0, 1))
-
-        def across(i, columns):
-            return over_rows(load(turns.at[i, columns], ACROSS, interpret), ROWS)
-
-        (c1, s1, y1), (c2, s2, y2) = ([across(i, columns) for i in range(3)] for columns in (first, second))
+        cos, sin = row_tables(angles, first, interpret)
+        (c1, s1, y1), (c2, s2, y2) = (warp_rows(turns, 3, column, interpret) for column in (first, second))
         tables = (
             *(cos * c + sin * s for c, s in ((c1, s1), (c2, s2))),
             *(sin * c - cos * s for c, s in ((c1, s1), (c2, s2))),

@@ -4,7 +4,7 @@ Adding residuals to decoded registers would cost every element of a plane two in
 thread takes whole tokens. Keys: it adds residual times rotated query to the token's scores, which the products then
 start from; queries lie with their columns together, so that both channels of a pair are read at once. Values: it writes
 the residuals of a plane into an empty tile of shared memory, the A operand of one more product against the weights
-without their scale. Two tiles take turns, one for each half of the threads, which clear them again.
+without their scale. Two tiles take turns, one for each half of the threads, which clear them again; of large heads one.
 """
 
 import math
@@ -25,27 +25,28 @@ from pallas_kernels.decode_attention.gpu_tiles import ROWS
 STEPS = ROWS // DEPTH
 
 
-def key_scores(plan: Plan, target, slots, angles, turn, queries, planes: range) -> None:
+def key_scores(plan: Plan, target, slots, angles, turns, queries, planes: range) -> None:
     """Stores what the slots add to the scores of `planes`: `target[planes, 64, columns]` float32.
 
     Args:
       slots: refs of channel uint8 and of residual uint16 (float16 bits), `[blocks, s, T]`.
-      angles: `[2, 64, H/2]` float32, cos and sin by row of a plane.
-      turn: `[2, width]` float32, cos and sin of the chunk, which is turned back by them.
+      angles: `[2, 16, H/2]` float32, cos and sin by row of a warp's 16 of a plane.
+      turns: `[4, 4, width]` float32, whose last has cos and sin, H/2 each, by which each warp is turned back.
       queries: `[planes, H, columns]` float16.
     """
     if plan.interpret:
         for i, p in enumerate(planes):
-            target[i] = _key_scores_array(plan, [s[...] for s in slots], angles[...], turn[...], queries[p], p)
+            target[i] = _key_scores_array(plan, [s[...] for s in slots], angles[...], turns[...], queries[p], p)
         return
     half = plan.channels // 2
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 6)
-    def write(_, target, channel, residual, angles, turn, queries):
+    def write(_, target, channel, residual, angles, turns, queries):
         queries = _Bytes(queries, 2)
-        target, angles, turn = (_Bytes(x, 4) for x in (target, angles, turn))
+        target, angles, turns = (_Bytes(x, 4) for x in (target, angles, turns))
         slots = _Slots(plan, channel, residual)
         row, part = slots.row, slots.part
+        utils.warpgroup_barrier()  # all have read what was there
 
         @utils.fori(arith.constant(_i32(), len(planes) // 2), [])
         def _(i, carry):
@@ -53,9 +54,10 @@ def key_scores(plan: Plan, target, slots, angles, turn, queries, planes: range) 
             sums = [Word(utils.c(0.0, ir.F32Type.get()))] * plan.columns
             for s in range(slots.count):
                 c, r = slots.channel(plane, s), slots.residual(plane, s)
-                pair, upper = c & (half - 1), c & half
-                cos1, sin1 = (angles.number((row + ROWS * j) * half + pair) for j in (0, 1))
-                cos2, sin2 = (turn.number(pair + turn.row(j)) for j in (0, 1))
+                pair, upper = _halved(c, half)
+                cos1, sin1 = (angles.number(((row & (DEPTH - 1)) + DEPTH * j) * half + pair) for j in (0, 1))
+                own = (row >> 4) * turns.row(4) + turns.row(3) + pair
+                cos2, sin2 = (turns.number(own + i) for i in (0, half))
                 cos = _fma(cos1, cos2, _mul(sin1, sin2))
                 sin = _fma(sin1, cos2, _negative(_mul(cos1, sin2)))
                 r = _float(r)
@@ -70,19 +72,20 @@ def key_scores(plan: Plan, target, slots, angles, turn, queries, planes: range) 
 
         utils.warpgroup_barrier()
 
-    write(target, *slots, angles, turn, queries)
+    write(target, *slots, angles, turns, queries)
 
 
-def _key_scores_array(plan: Plan, slots, angles, turn, q, plane: int) -> jax.Array:
+def _key_scores_array(plan: Plan, slots, angles, turns, q, plane: int) -> jax.Array:
     row, half = jnp.arange(ROWS, dtype=jnp.int32), plan.channels // 2
     block, token = plan.block(row), plan.token_in_block(row, plane)
     total = jnp.zeros((ROWS, plan.columns), jnp.float32)
-    angles, turn, q = (x.astype(jnp.float32) for x in (angles, turn, q))
+    q = q.astype(jnp.float32)
     for s in range(slots[0].shape[1]):
         c = slots[0][block, s, token].astype(jnp.int32)
         r = lax.bitcast_convert_type(slots[1][block, s, token], jnp.float16).astype(jnp.float32)
         pair = c % half
-        (cos1, sin1), (cos2, sin2) = (angles[j, row, pair] for j in (0, 1)), (turn[j, pair] for j in (0, 1))
+        cos1, sin1 = (angles[j, row % DEPTH, pair] for j in (0, 1))
+        cos2, sin2 = (turns[row // DEPTH, 3, pair + i] for i in (0, half))
         cos, sin = cos1 * cos2 + sin1 * sin2, sin1 * cos2 - cos1 * sin2
         first, second = jnp.where(c < half, cos, -sin), jnp.where(c < half, sin, cos)
         total = total + (r * first)[:, None] * q[pair] + (r * second)[:, None] * q[pair + half]
@@ -90,7 +93,7 @@ def _key_scores_array(plan: Plan, slots, angles, turn, q, plane: int) -> jax.Arr
 
 
 def clear(tiles, interpret) -> None:
-    """Zeros in `tiles[2, 4, H, 16]` float16."""
+    """Zeros in `tiles[n, 4, H, 16]` float16."""
     if interpret:
         tiles[...] = jnp.zeros(tiles.shape, jnp.float16)
         return
@@ -107,36 +110,37 @@ def clear(tiles, interpret) -> None:
 
 
 def value_tile(plan: Plan, tiles, slots, planes: range, plane: int) -> None:
-    """Writes the residuals of `plane` into `tiles[plane % 2]`, 16 tokens by channels `regrouped` four times, and takes
-    those of the plane before the last out of it; `slots` as above."""
+    """Writes the residuals of `plane` into `tiles[plane % n]`, 16 tokens by channels `regrouped` four times, and takes
+    those of the last plane there out of it; `slots` as above."""
+    n, padded = tiles.shape[0], tiles.shape[2]
     if plan.interpret:
         row = jnp.arange(ROWS, dtype=jnp.int32)
         block, token = plan.block(row), plan.token_in_block(row, plane)
-        here = regrouped(jnp.arange(plan.channels, dtype=jnp.int32))[:, None]
-        total = jnp.zeros((plan.channels, ROWS), jnp.float32)
+        here = regrouped(jnp.arange(padded, dtype=jnp.int32))[:, None]
+        total = jnp.zeros((padded, ROWS), jnp.float32)
         for s in range(slots[0].shape[1]):
             c = slots[0][...][block, s, token].astype(jnp.int32)
             r = lax.bitcast_convert_type(slots[1][...][block, s, token], jnp.float16).astype(jnp.float32)
             total = total + jnp.where(here == c[None], r[None], 0.0)
-        tiles[plane % 2] = total.astype(jnp.float16).reshape(-1, STEPS, DEPTH).swapaxes(0, 1)
+        tiles[plane % n] = total.astype(jnp.float16).reshape(-1, STEPS, DEPTH).swapaxes(0, 1)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
     def write(_, tiles, channel, residual):
         slots = _Slots(plan, channel, residual)
         memory = _Bytes(tiles, 2)
-        mine = arith.cmpi(arith.CmpIPredicate.eq, slots.part.value, slots.part.like(plane % 2).value)
+        mine = arith.cmpi(arith.CmpIPredicate.eq, slots.part.value, slots.part.like(plane % n).value)
+        if n == 1:
+            utils.warpgroup_barrier()  # all have read what is taken out
         with utils.when(mine):
 
             def place(p, s):
-                step = (slots.row >> 4) + plane % 2 * STEPS
-                return (step * plan.channels + _regrouped(slots.channel(p, s), plan.channels)) * DEPTH + (
-                    slots.row & 15
-                )
+                step = (slots.row >> 4) + plane % n * STEPS
+                return (step * padded + _regrouped(slots.channel(p, s), padded)) * DEPTH + (slots.row & 15)
 
-            if plane - 2 >= planes.start:
+            if plane - n >= planes.start:
                 for s in range(slots.count):
-                    memory.store_half(place(slots.part.like(plane - 2), s), slots.part.like(0))
+                    memory.store_half(place(slots.part.like(plane - n), s), slots.part.like(0))
             for s in range(slots.count):
                 p = slots.part.like(plane)
                 at, r = place(p, s), slots.residual(p, s)
@@ -145,6 +149,14 @@ def value_tile(plan: Plan, tiles, slots, planes: range, plane: int) -> None:
         utils.warpgroup_barrier()
 
     write(tiles, *slots)
+
+
+def _halved(c: Word, half: int) -> tuple[Word, Word]:
+    """The pair of a channel, and what is not zero for the upper one."""
+    if half & (half - 1) == 0:
+        return c & (half - 1), c & half
+    upper = Word(arith.extui(_i32(), arith.cmpi(arith.CmpIPredicate.uge, c.value, c.like(half).value)))
+    return c + upper * (-half), upper
 
 
 def _regrouped(channel: Word, size: int) -> Word:

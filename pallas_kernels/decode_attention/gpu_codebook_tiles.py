@@ -21,7 +21,6 @@ from pallas_kernels.decode_attention.gpu_tiles import ROW, ROWS
 DEPTH = 16  # columns of A in one mma
 LEFT = plgpu.Layout.MMA_LHS(jnp.float16, m_warps=4)
 RIGHT = plgpu.Layout.MMA_RHS(jnp.float16, m_warps=4)
-ACROSS = LEFT.reduce(0)  # one value per column of A
 
 
 def fetch_blocks(plan: Plan, sources, targets, at: At, barrier) -> None:
@@ -54,13 +53,16 @@ def key_words(ref, column, bits: int, interpret) -> jax.Array:
     """Words `ref[blocks, word rows, H]` of a chunk from `column` on as a tile `[64, 16]` for `lookup`.
 
     At 3 bits a block is three words of each of its cells, and rows 16 w to 16 w + 15 of the tile get codes 8 w to
-    8 w + 7 of the cells of all blocks: bits 24 w and up.
+    8 w + 7 of the cells of all blocks: bits 24 w and up. Otherwise, where a chunk has 32 words of a channel, rows 32
+    and up get their upper halves.
     """
     cells = ref.shape[1] // (3 if bits == 3 else 1)
+    halved = bits != 3 and ref.shape[0] * cells < ROWS
     if interpret:
         words = ref[:, :, pl.ds(column, DEPTH)]
         if bits != 3:
-            return words.reshape(-1, DEPTH)
+            words = words.reshape(-1, DEPTH)
+            return jnp.concatenate([words, words >> 16]) if halved else words
         return jnp.concatenate([_eight_codes(words, w) for w in range(4)])
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=_tile(64))
@@ -72,6 +74,8 @@ def key_words(ref, column, bits: int, interpret) -> jax.Array:
             row, here = group + 8 * half, column + 8 * part
             if bits == 3:
                 pair = _codes_of(words, _cell(row, cells), here, 2, warp, cells)
+            elif halved:
+                pair = [w >> (warp >> 1) * 16 for w in words.at(row + (warp & 1) * DEPTH, here, 2)]
             else:
                 pair = words.at(row + warp * DEPTH, here, 2)
             registers[0, 0, 0, part, half, 0, 0, 0, 0] = _vector(pair)
@@ -80,18 +84,22 @@ def key_words(ref, column, bits: int, interpret) -> jax.Array:
     return read(ref, jnp.int32(column))
 
 
-def value_words(ref, step, bits: int, interpret) -> jax.Array:
-    """Words `ref[blocks, word rows, H]` of a chunk, transposed: the tile `[H, 16]` of rows 16 step to 16 step + 15.
+def value_words(ref, step, bits: int, size: int, interpret) -> jax.Array:
+    """Words `ref[blocks, word rows, H]` of a chunk, transposed: the tile `[size, 16]` of rows 16 step to 16 step + 15.
 
-    Channels are `regrouped`, so that a thread reads neighbouring channels at once. Rows are those of `key_words`.
+    Channels are `regrouped`, so that a thread reads neighbouring channels at once; those from H to `size` are whatever
+    follows in shared memory. Rows are those of `key_words`.
     """
-    size, cells = ref.shape[-1], ref.shape[1] // (3 if bits == 3 else 1)
+    cells = ref.shape[1] // (3 if bits == 3 else 1)
+    halved = bits != 3 and ref.shape[0] * cells < ROWS
     if interpret:
         if bits == 3:
             words = jnp.stack([_eight_codes(ref[...], w) for w in range(4)])[step]
+        elif halved:
+            words = ref[...].reshape(-1, DEPTH, ref.shape[-1])[step % 2] >> (16 * (step // 2)).astype(jnp.uint32)
         else:
-            words = ref[...].reshape(-1, DEPTH, size)[step]
-        return regrouped(words).T
+            words = ref[...].reshape(-1, DEPTH, ref.shape[-1])[step]
+        return regrouped(jnp.pad(words, ((0, 0), (0, size - words.shape[-1])))).T
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=_tile(size))
     def read(_, ref, step):
@@ -105,6 +113,9 @@ def value_words(ref, step, bits: int, interpret) -> jax.Array:
                 row = lane * 2 + (8 * part + k)
                 if bits == 3:
                     pair.append(_codes_of(words, _cell(row, cells), first, size // 32, step, cells))
+                elif halved:
+                    found = words.at(row + (step & 1) * DEPTH, first, size // 32)
+                    pair.append([w >> (step >> 1) * 16 for w in found])
                 else:
                     pair.append(words.at(row + step * DEPTH, first, size // 32))
             for j, w in enumerate(zip(*pair)):
@@ -112,6 +123,71 @@ def value_words(ref, step, bits: int, interpret) -> jax.Array:
         return _fragment(registers)
 
     return read(ref, jnp.int32(step))
+
+
+def repeated(ref, width: int, layout, interpret) -> jax.Array:
+    """float32 `ref[C]` again and again, to `[width]`."""
+    if interpret:
+        return jnp.resize(ref[...], (width,))
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((width,), jnp.float32, layout=layout)
+    )
+    def read(_, ref):
+        fragment, (size,) = layout.to_mgpu(), ir.MemRefType(ref.type).shape
+        registers = np.empty(fragment.registers_shape((width,)), dtype=object)
+        count, index = fragment.vec_size, ir.IndexType.get()
+        kind = ir.VectorType.get((count,), ir.F32Type.get())
+        for i, (at,) in enumerate(fragment.thread_idxs((width,))):
+            where = arith.remui(at, arith.constant(index, size))
+            registers.flat[i] = vector.load(kind, ref, [where])
+        return mgpu.FragmentedArray(_registers=registers, _layout=fragment, _is_signed=None)
+
+    return read(ref)
+
+
+def row_tables(ref, column, interpret) -> list[jax.Array]:
+    """float32 `ref[n, 16, C]` from `column` on as n tiles `[64, 16]`, the same for each warp's 16 rows."""
+    if interpret:
+        return [jnp.tile(ref[i, :, pl.ds(column, DEPTH)], (ROWS // DEPTH, 1)) for i in range(ref.shape[0])]
+    return _float_tiles(ref, column, ref.shape[0], lambda i, warp, row: row + i * DEPTH, shared=False)
+
+
+def warp_rows(ref, count: int, column, interpret) -> list[jax.Array]:
+    """float32 `ref[4, n, C]` from `column` on: the first `count` rows of each warp as tiles `[64, 16]`."""
+    if interpret:
+        return [jnp.repeat(ref[:, i, pl.ds(column, DEPTH)], DEPTH, axis=0) for i in range(count)]
+    n = ref.shape[1]
+    return _float_tiles(ref, column, count, lambda i, warp, row: warp * n + i, shared=True)
+
+
+def _float_tiles(ref, column, count: int, line, shared: bool) -> list[jax.Array]:
+    """Tiles of the rows `line(i, warp, row of 16)` of `ref[..., C]`; `shared`: whether they are all rows' of a warp."""
+    out = plgpu.ShapeDtypeStruct((ROWS, DEPTH), jnp.float32, layout=LEFT)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=(out,) * count if count > 1 else out
+    )
+    def read(_, ref, column):
+        warp, group, lane = _thread()
+        f32 = ir.F32Type.get()
+        base, width = utils.memref_ptr(ref), ir.MemRefType(ref.type).shape[-1]
+        here, found = Word(column.registers.item()) + lane * 2, []
+        for i in range(count):
+            registers = _registers(ROWS)
+            for part, half in np.ndindex(2, 2):
+                if half and shared:
+                    registers[0, 0, 0, part, half, 0, 0, 0, 0] = registers[0, 0, 0, part, 0, 0, 0, 0, 0]
+                    continue
+                where = line(i, warp, group + 8 * half) * width + here + 8 * part
+                pointer = utils.getelementptr(base, [where.value], f32)
+                x = llvm.load(ir.VectorType.get((2,), f32), pointer, alignment=8)
+                registers[0, 0, 0, part, half, 0, 0, 0, 0] = x
+            found.append(mgpu.FragmentedArray(_registers=registers, _layout=LEFT.to_mgpu(), _is_signed=None))
+        return tuple(found) if count > 1 else found[0]
+
+    found = read(ref, jnp.int32(column))
+    return list(found) if count > 1 else [found]
 
 
 def row_numbers(plan: Plan, ref, planes: range) -> list[jax.Array]:

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention import gpu_codebook_lookup as codes
 from pallas_kernels.decode_attention.formats import Codebook
-from pallas_kernels.decode_attention.gpu_codebook_keys import table_of
+from pallas_kernels.decode_attention.gpu_codebook_keys import at_once, table_of
 from pallas_kernels.decode_attention.gpu_codebook_slots import clear, value_tile
 from pallas_kernels.decode_attention.gpu_codebook_tiles import (
     DEPTH,
@@ -49,7 +49,7 @@ class CodebookValues:
 
     def scratch(self) -> list:
         p = self.plan
-        weights = plgpu.SMEM((len(p.rounds[0]), ROWS, p.columns), jnp.float16)
+        weights = plgpu.SMEM((self.few, ROWS, p.columns), jnp.float16)
 
         def blocks(size, dtype):
             return plgpu.SMEM((p.slots, p.run, *size), dtype)
@@ -58,8 +58,9 @@ class CodebookValues:
         if not self.slots:
             return [plgpu.SMEM((p.slots, 8), jnp.uint32), weights, *stored]
         slots = [blocks((self.slots, p.tokens), x) for x in (jnp.uint8, jnp.uint16)]
-        residuals = plgpu.SMEM((2, len(STEPS), p.channels, DEPTH), jnp.float16)
-        return [plgpu.SMEM((p.slots, 8), jnp.uint32), weights, *stored, *slots, weights, residuals]
+        both = p.channels <= 128  # large heads leave no room to have two of each
+        residuals = plgpu.SMEM((1 + both, len(STEPS), p.padded, DEPTH), jnp.float16)
+        return [plgpu.SMEM((p.slots, 8), jnp.uint32), weights, *stored, *slots, residuals, *[weights] * both]
 
     def copies(self) -> int:
         return 6 if self.slots else 4
@@ -71,29 +72,42 @@ class CodebookValues:
 
     def init(self):
         return (
-            full((self.plan.channels, self.plan.columns), 0.0, self.plan.interpret),
+            full((self.plan.padded, self.plan.columns), 0.0, self.plan.interpret),
             full((ROWS, self.plan.columns), 0.0, self.plan.interpret),
         )
 
+    @property
+    def few(self) -> int:
+        """Planes whose weights are in shared memory at once."""
+        return at_once(self.plan, self.bits, self.slots)
+
     def add(self, dst, at: At, slot, planes: range, weights: list, alpha, state):
+        acc, zeros = state
+        state = acc * over_rows(alpha, self.plan.padded), zeros * over_rows(alpha, ROWS)
+        for first in range(0, len(planes), self.few):
+            if first:
+                plgpu.commit_smem()  # all have read the weights before
+            some = slice(first, first + self.few)
+            state = self._add(dst, slot, planes[some], weights[some], *state)
+        return state
+
+    def _add(self, dst, slot, planes: range, weights: list, acc, zeros):
         table, p_ref, words, *numbers = dst
         numbers, slots = numbers[:2], numbers[2:]
         interpret, columns = self.plan.interpret, self.plan.columns
         chains = self.chains
-        acc, zeros = state
-        acc, zeros = acc * over_rows(alpha, self.plan.channels), zeros * over_rows(alpha, ROWS)
         scales, offsets = (row_numbers(self.plan, x.at[slot], planes) for x in numbers)
         for i, w in enumerate(weights):
             scale, zero = (over_columns(x[i], columns) for x in (scales, offsets))
             zeros = zeros + w * zero
             p_ref[i] = (w * scale).astype(jnp.float16)
-            if self.slots:
-                slots[2][i] = w.astype(jnp.float16)
+            if slots[3:]:
+                slots[3][i] = w.astype(jnp.float16)
         plgpu.commit_smem()
         table = [table[slot, i] for i in range(codes.REGISTERS[self.bits])]
 
         def step(i, sums):
-            w, sums = value_words(words.at[slot], i, self.bits, interpret), list(sums)
+            w, sums = value_words(words.at[slot], i, self.bits, self.plan.padded, interpret), list(sums)
             for group in codes.together(planes, self.bits):
                 for p, a in zip(group, codes.lookup(w, table, self.bits, group, LEFT, interpret)):
                     n = p - planes.start
@@ -104,7 +118,13 @@ class CodebookValues:
         sums = lax.fori_loop(0, len(STEPS), step, tuple(full(acc.shape, 0.0, interpret) for _ in range(chains)))
         sums = list(sums)
         if self.slots:
-            self._add_slots([s.at[slot] for s in slots[:2]], *slots[2:], planes, sums)
+            plain = slots[3] if slots[3:] else p_ref
+            if plain is p_ref:
+                plgpu.commit_smem()  # all have read the scaled weights
+                for i, w in enumerate(weights):
+                    p_ref[i] = w.astype(jnp.float16)
+                plgpu.commit_smem()
+            self._add_slots([s.at[slot] for s in slots[:2]], plain, slots[2], planes, sums)
         return acc + sum(sums[1:], sums[0]), zeros
 
     def _add_slots(self, slots, weights, tiles, planes: range, sums: list) -> None:
@@ -112,15 +132,15 @@ class CodebookValues:
         clear(tiles, interpret)
         value_tile(self.plan, tiles, slots, planes, planes.start)
         for i, p in enumerate(planes):
-            # The next plane's residuals go into the other tile meanwhile.
-            left = [load(tiles.at[p % 2, j], LEFT, interpret) for j in range(len(STEPS))]
+            # The next plane's residuals go into the other tile, if there is one, meanwhile.
+            left = [load(tiles.at[p % tiles.shape[0], j], LEFT, interpret) for j in range(len(STEPS))]
             for j, (a, rows) in enumerate(zip(left, STEPS)):
                 sums[j % chains] = product(sums[j % chains], a, load(weights.at[i, rows], RIGHT, interpret), interpret)
             if p + 1 in planes:
                 value_tile(self.plan, tiles, slots, planes, p + 1)
 
     def results(self) -> list:
-        sizes = (self.plan.channels, self.plan.columns), (self.plan.columns,)
+        sizes = (self.plan.padded, self.plan.columns), (self.plan.columns,)
         return [jax.ShapeDtypeStruct(s, jnp.float32) for s in sizes]
 
     def finish(self, state) -> list:
@@ -129,4 +149,4 @@ class CodebookValues:
     def merge(self, results: list, weight: jax.Array) -> jax.Array:
         acc, zeros = results
         acc = ((acc + zeros[..., None, :]) * weight[:, :, :, None]).sum(2)
-        return in_order(acc.swapaxes(-1, -2))
+        return in_order(acc.swapaxes(-1, -2))[..., : self.plan.channels]

@@ -66,8 +66,8 @@ class Plan:
     splits: int
     slots: int
     interpret: Any
-    groups: int = 1
-    alive: int = 64
+    groups: int
+    alive: int
 
     @property
     def length(self) -> int:
@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def rounds(self) -> list[range]:
-        step = min(self.planes, (2 * self.alive if self.channels <= 128 else 16) // self.columns)
+        step = min(self.planes, 2 * self.alive // self.columns)
         return [range(i, i + step) for i in range(0, self.planes, step)]
 
 
@@ -143,9 +143,8 @@ def plan(
     rows = min(ROWS, *word_rows)
     if splits is None:
         splits = max(1, min(-(-PROGRAMS // (batch * heads)), blocks * tokens // SPLIT_TOKENS))
-    return Plan(
-        layers, batch, heads, blocks, tokens, channels, rows, 8 if group <= 8 else 16, splits, 1, interpret, groups
-    )
+    columns, alive = 8 if group <= 8 else 16, 64 if channels <= 128 else 8
+    return Plan(layers, batch, heads, blocks, tokens, channels, rows, columns, splits, 1, interpret, groups, alive)
 
 
 def attend(plan: Plan, keys, values, k: Format, v: Format, q, layer, first, last) -> Partial:

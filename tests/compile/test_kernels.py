@@ -1,5 +1,6 @@
 """Every storage's decode kernel by the real compilers of every chip: it compiles, and nothing in it has grown."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def test_a_kernel_compiles_within_its_budget(on, chip, storage):
     assert cost.padding < 1.01  # T and H of the presets fill whole tiles in memory
     assert cost.whole <= GROWTH * committed["whole"]
     assert cost.registers <= 255 and cost.shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize(("storage", "channels"), [("kvquant4", 96), ("kvquant3", 256)])
+def test_other_head_sizes_fit_a_gpu(on, storage, channels):
+    pytest.importorskip("pallas_kernels.decode_attention.mosaic_gpu")
+    cost = budget.cost(storage, on("h100"), dataclasses.replace(budget.LLAMA_3_8B, channels=channels))
+    assert cost.spills == 0 and cost.shared_bytes <= 227 * 1024
 
 
 def test_the_budget_lists_every_storage_on_every_chip():
