@@ -14,7 +14,7 @@ side as columns. Zeros: of keys per channel, one more row of each group's tile; 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +208,7 @@ class ValuesPerToken:
     plan: Plan
     bits: int
     group: int
+    borrows: ClassVar[int] = 0
 
     @property
     def codes(self) -> Words:

@@ -52,16 +52,22 @@ def plan(k: Codebook, group: int, interpret: Any, splits: int | None) -> Plan:
     """Rows are cells; at 3 bits those of a quarter of the blocks that would fill a tile, four times."""
     *_, tokens, channels = shape_of(k)
     cells = tokens // codes_per_cell(k.bits)
-    groups = 4 if k.bits == 3 else 2 if channels > 128 and cells <= 32 else 1
+    # Large heads' words, and outliers beside the tables of 2 bits, leave room for half a chunk.
+    halved = channels > 128 or (k.bits == 2 and k.slots)
+    groups = 4 if k.bits == 3 else 2 if halved and cells <= 32 else 1
     sizes = gpu_skeleton.plan(k, group, (cells,), interpret, splits, groups)
-    # 16 planes at once leave too few registers for the slots.
-    return dataclasses.replace(sizes, alive=32 if k.bits == 2 and k.slots else 64)
+    return dataclasses.replace(sizes, alive=64)
 
 
-def at_once(plan: Plan, bits: int, slots: int) -> int:
-    """Planes that have a tile each in shared memory at a time; of large heads few find room beside the words."""
+def narrow(plan: Plan, slots: int, shared: bool) -> bool:
+    """Whether words and tables leave little room in shared memory."""
+    return plan.channels > 128 or bool(slots and shared)
+
+
+def at_once(plan: Plan, bits: int, slots: int, shared: bool) -> int:
+    """Planes that have a tile each in shared memory at a time."""
     most = len(plan.rounds[0])
-    return most if plan.channels <= 128 else min(most, 2 if bits == 3 and slots else 4)
+    return min(most, 2 if bits == 3 and slots else 4) if narrow(plan, slots, shared) else most
 
 
 def table_of(fmt: Codebook, layer: jax.Array) -> jax.Array:
@@ -72,18 +78,26 @@ def table_of(fmt: Codebook, layer: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CodebookKeys:
-    """Decoder of keys; `layer` and `rotation` are traced."""
+    """Decoder of keys; `layer`, `rotation` and `value_levels [L, 2**bits]` are traced.
+
+    Levels are looked up in registers, or, where values' levels are given, in tables in shared memory, for both.
+    """
 
     plan: Plan
     bits: int
     slots: int
     layer: jax.Array
     rotation: Rotation
+    value_levels: jax.Array | None = None
+
+    @property
+    def shared(self) -> bool:
+        return self.value_levels is not None
 
     @property
     def few(self) -> int:
         """Planes whose slots are taken at once."""
-        return at_once(self.plan, self.bits, self.slots)
+        return at_once(self.plan, self.bits, self.slots, self.shared)
 
     @property
     def width(self) -> int:
@@ -92,7 +106,10 @@ class CodebookKeys:
 
     def arrays(self, fmt: Codebook, q: jax.Array) -> list:
         q, unit = normalised(q, jnp.float32)
-        once = [table_of(fmt, self.layer), self._queries(q), unit, self._row_angles(), self._warps(), self._folds(fmt)]
+        table = table_of(fmt, self.layer)
+        if self.shared:
+            table = codes.byte_tables(fmt.levels[self.layer], self.value_levels[self.layer])
+        once = [table, self._queries(q), unit, self._row_angles(), self._warps(), self._folds(fmt)]
         slots = [fmt.slot_channel, fmt.slot_residual] if self.slots else []
         return [*once, self._coarse(), self._fine(), *(flat(self.plan, x) for x in (fmt.codes, *slots))]
 
@@ -143,7 +160,7 @@ class CodebookKeys:
     def scratch(self) -> list:
         p = self.plan
         return [
-            plgpu.SMEM((8,), jnp.uint32),
+            plgpu.SMEM((256, 64) if self.shared else (8,), jnp.uint32),
             plgpu.SMEM((p.planes, p.channels, p.columns), jnp.float16),
             plgpu.SMEM((p.columns,), jnp.float32),
             plgpu.SMEM((2, DEPTH, p.channels // 2), jnp.float32),
@@ -189,15 +206,15 @@ class CodebookKeys:
         if planes.start == 0:
             self._turn(folds, factors.at[slot], warps, turns)
         interpret, half = self.plan.interpret, self.plan.channels // 2
-        table = [table[i] for i in range(codes.REGISTERS[self.bits])]
+        levels = codes.decoders(self.bits, planes, table, 0 if self.shared else None, LEFT, interpret)
 
         def pairs(c, sums):
             first, second = (DEPTH * c + h for h in (0, half))
             k1, k2, s1, s2, z1, z2 = self._tables(angles, turns, first, second)
             w1, w2 = (key_words(words.at[slot], column, self.bits, interpret) for column in (first, second))
             sums = dict(zip(planes, sums))
-            for group in codes.together(planes, self.bits):
-                l1, l2 = (codes.lookup(w, table, self.bits, group, LEFT, interpret) for w in (w1, w2))
+            for group, decode in levels:
+                l1, l2 = decode(w1), decode(w2)
                 for p, a, b in zip(group, l1, l2):
                     q1, q2 = (load(queries.at[p, pl.ds(x, DEPTH)], RIGHT, interpret) for x in (first, second))
                     sums[p] = product(sums[p], added(added(z1, a, k1, interpret), b, s2, interpret, -1), q1, interpret)

@@ -8,6 +8,9 @@ a nibble of one and a nibble of the other share a byte, and a low and a high byt
 `decode_pair` runs on `Word` (registers of the generated program) and, for tests, on anything else that knows
 `& | << >>` and a byte permute. Instructions per element: 1.4 at 2 bits, 2.2 at 3 bits and 2.9 at 4 bits; a polynomial
 through the levels takes 2.5 at 2 bits and rounds on the way.
+
+At 2 and 4 bits a byte of codes is rather looked up as a whole, in a table in shared memory that has its content once
+for each bank, so that no two lanes of a warp meet (`byte_tables`): 1.0 and 1.5 instructions per element.
 """
 
 import jax
@@ -36,6 +39,29 @@ def together(planes: range, bits: int) -> list[list[int]]:
     """Planes by the fields that share the most work; a few at a time keeps registers free."""
     step = {2: 4, 3: 2, 4: 2}[bits]
     return [[p for p in planes if p % step == r] for r in range(step)]
+
+
+def decoders(bits: int, planes: range, table, shared: int | None, layout, interpret) -> list:
+    """Planes that are decoded together, and how: `decode(words) -> [tile of levels per plane]`.
+
+    Args:
+      table: a row of `tables`, or `byte_tables`, in shared memory.
+      shared: of `byte_tables` keys' or values', as in `lookup_bytes`; None: `tables`.
+    """
+    if shared is None:
+        table = [table[i] for i in range(REGISTERS[bits])]
+
+        def in_registers(group):
+            return lambda words: lookup(words, table, bits, group, layout, interpret)
+
+        return [(group, in_registers(group)) for group in together(planes, bits)]
+    step = 8 // bits
+
+    def by_byte(group):
+        return lambda words: lookup_bytes(words, table, shared, bits, group[0] // step, layout, interpret)
+
+    groups = [list(planes[i : i + step]) for i in range(0, len(planes), step)]
+    return [(group, by_byte(group)) for group in groups]
 
 
 def lookup(words: jax.Array, table: list, bits: int, fields: list[int], layout, interpret) -> list[jax.Array]:
@@ -68,6 +94,72 @@ def lookup(words: jax.Array, table: list, bits: int, fields: list[int], layout, 
         return tuple(mgpu.FragmentedArray(_registers=r, _layout=words.layout, _is_signed=None) for r in registers)
 
     return list(decode(words, tuple(table)))
+
+
+def byte_tables(keys: jax.Array, values: jax.Array) -> jax.Array:
+    """What a byte of codes stands for, `[256, 64]` uint32, from `levels[2**bits]` float32 of keys and of values.
+
+    Row b is 256 bytes: what keys' byte b decodes to, again and again in 128 bytes, so that every lane of a warp reads a
+    bank of its own, then values'. At 4 bits that are two float16, lowest field first, at 2 bits four.
+    """
+    byte = jnp.arange(256, dtype=jnp.uint32)
+    bits = {4: 2, 16: 4}[keys.shape[-1]]
+    halves = []
+    for levels in (keys, values):
+        table = lax.bitcast_convert_type(levels.astype(jnp.float16), jnp.uint16).astype(jnp.uint32)
+        low, high = (
+            jnp.stack([table[(byte >> shift) & (2**bits - 1)] for shift in range(first, 8, 2 * bits)], -1)
+            for first in (0, bits)
+        )
+        halves.append(jnp.tile(low | (high << 16), (1, 64 * bits // 8)))
+    return jnp.concatenate(halves, -1)
+
+
+def lookup_bytes(words: jax.Array, table, which: int, bits: int, byte: int, layout, interpret) -> list[jax.Array]:
+    """As `lookup`, of the fields of one byte of each word, by loads from `byte_tables` in shared memory.
+
+    A load takes one instruction for two codes of 4 bits or four of 2, where byte permutes take four or eight: a load
+    of an SM per clock is half of what memory can keep busy at 4 bits, and about all of it at 2.
+
+    Args:
+      which: 0 keys', 1 values'.
+    """
+    fields = 8 // bits
+    if interpret:
+        rows = table[...][((words >> (8 * byte)) & 0xFF).astype(jnp.int32)]
+        halves = [(rows[..., 32 * which + i // 2] >> (16 * (i % 2))).astype(jnp.uint16) for i in range(fields)]
+        return [lax.bitcast_convert_type(x, jnp.float16) for x in halves]
+    out = plgpu.ShapeDtypeStruct(words.shape, jnp.float16, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=(out,) * fields)
+    def decode(_, words, table):
+        registers = [np.empty(words.registers.shape, dtype=object) for _ in range(fields)]
+        base, count = mgpu.utils.memref_ptr(table), fields // 2
+        pair, i32 = ir.VectorType.get((2,), ir.F16Type.get()), ir.IntegerType.get_signless(32)
+        lane = Word(mgpu.utils.thread_idx()) & (32 // count - 1)
+        own = lane * (4 * count) + 128 * which
+
+        def load(address):
+            pointer = mgpu.utils.getelementptr(base, [address.value], ir.IntegerType.get_signless(8))
+            x = llvm.load(ir.VectorType.get((count,), i32), pointer, alignment=4 * count)
+            return [Word(_element(x, j)) for j in range(count)]
+
+        for i in np.ndindex(words.registers.shape):
+            w0, w1 = (Word(_element(words.registers[i], j)) for j in (0, 1))
+            for out, x in zip(registers, decode_byte(w0, w1, own, byte, load, _prmt)):
+                out[i] = llvm.bitcast(pair, x.value)
+        return tuple(mgpu.FragmentedArray(_registers=r, _layout=words.layout, _is_signed=None) for r in registers)
+
+    return list(decode(words, table))
+
+
+def decode_byte(w0, w1, own, byte: int, load, prmt) -> list:
+    """Pairs of float16 (`w0`'s level low, `w1`'s high) of the fields of a byte.
+
+    `load` reads what is at an address of `byte_tables`, in bytes: row * 256 + `own`, which is below 256.
+    """
+    found = (load(prmt(w, own, 0x5504 + 16 * byte)) for w in (w0, w1))
+    return [prmt(a, b, select) for a, b in zip(*found) for select in (0x5410, 0x7632)]
 
 
 def decode_pair(w0, w1, table: list, bits: int, prmt) -> list:

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention import gpu_codebook_lookup as codes
 from pallas_kernels.decode_attention.formats import Codebook
-from pallas_kernels.decode_attention.gpu_codebook_keys import at_once, table_of
+from pallas_kernels.decode_attention.gpu_codebook_keys import at_once, narrow, table_of
 from pallas_kernels.decode_attention.gpu_codebook_slots import clear, value_tile
 from pallas_kernels.decode_attention.gpu_codebook_tiles import (
     DEPTH,
@@ -31,12 +31,21 @@ STEPS = [slice(i, i + DEPTH) for i in range(0, ROWS, DEPTH)]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CodebookValues:
-    """Decoder of values; `layer` is traced. Rows of the sum are channels `regrouped`."""
+    """Decoder of values; `layer` is traced. Rows of the sum are channels `regrouped`.
+
+    Where `shared`, the keys' first array in shared memory has the values' levels too, and comes last in `dst`.
+    """
 
     plan: Plan
     bits: int
     slots: int
     layer: jax.Array
+    shared: bool = False
+
+    @property
+    def borrows(self) -> int:
+        """Arrays that the keys have in shared memory, to be read as well."""
+        return int(self.shared)
 
     @property
     def chains(self) -> int:
@@ -58,7 +67,7 @@ class CodebookValues:
         if not self.slots:
             return [plgpu.SMEM((p.slots, 8), jnp.uint32), weights, *stored]
         slots = [blocks((self.slots, p.tokens), x) for x in (jnp.uint8, jnp.uint16)]
-        both = p.channels <= 128  # large heads leave no room to have two of each
+        both = not narrow(p, self.slots, self.shared)  # else there is no room to have two of each
         residuals = plgpu.SMEM((1 + both, len(STEPS), p.padded, DEPTH), jnp.float16)
         return [plgpu.SMEM((p.slots, 8), jnp.uint32), weights, *stored, *slots, residuals, *[weights] * both]
 
@@ -79,7 +88,7 @@ class CodebookValues:
     @property
     def few(self) -> int:
         """Planes whose weights are in shared memory at once."""
-        return at_once(self.plan, self.bits, self.slots)
+        return at_once(self.plan, self.bits, self.slots, self.shared)
 
     def add(self, dst, at: At, slot, planes: range, weights: list, alpha, state):
         acc, zeros = state
@@ -92,6 +101,7 @@ class CodebookValues:
         return state
 
     def _add(self, dst, slot, planes: range, weights: list, acc, zeros):
+        dst, lent = dst[: len(dst) - self.borrows], dst[len(dst) - self.borrows :]
         table, p_ref, words, *numbers = dst
         numbers, slots = numbers[:2], numbers[2:]
         interpret, columns = self.plan.interpret, self.plan.columns
@@ -104,12 +114,13 @@ class CodebookValues:
             if slots[3:]:
                 slots[3][i] = w.astype(jnp.float16)
         plgpu.commit_smem()
-        table = [table[slot, i] for i in range(codes.REGISTERS[self.bits])]
+        table, which = (lent[0], 1) if self.shared else (table.at[slot], None)
+        levels = codes.decoders(self.bits, planes, table, which, LEFT, interpret)
 
         def step(i, sums):
             w, sums = value_words(words.at[slot], i, self.bits, self.plan.padded, interpret), list(sums)
-            for group in codes.together(planes, self.bits):
-                for p, a in zip(group, codes.lookup(w, table, self.bits, group, LEFT, interpret)):
+            for group, decode in levels:
+                for p, a in zip(group, decode(w)):
                     n = p - planes.start
                     b = load(p_ref.at[n, pl.ds(DEPTH * i, DEPTH)], RIGHT, interpret)
                     sums[n % chains] = product(sums[n % chains], a, b, interpret)

@@ -1,6 +1,7 @@
 """Uncompressed keys and values on Hopper, for decode attention: `formats.Dense`."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,7 @@ class DenseKeys:
 class DenseValues:
     plan: Plan
     dtype: str
+    borrows: ClassVar[int] = 0
 
     def arrays(self, fmt: Dense) -> list:
         return [fmt.values]

@@ -27,6 +27,7 @@ A decoder is a frozen dataclass with static fields only (`plan` among them). It 
     values: init() -> state             accumulators, any pytree
             add(dst, at, slot, planes, weights, alpha [columns], state) -> state
                                         state * alpha + the values of those planes times their weights
+            borrows -> int              scratch of the keys, the first of them, that `add` finds behind its own
             results() -> list           ShapeDtypeStructs (float32) of one program's answer; `finish(state) -> arrays`
             merge(results, weight) -> [B, K, columns, H]    joins the splits, each with its `weight [B, K, S, columns]`
 """
@@ -246,7 +247,7 @@ def _program(plan: Plan, keys, values, scalars, k_src, v_src, outs, k_dst, v_dst
                 plgpu.barrier_wait(v_bar.at[slot])
             if n == len(plan.rounds) - 1:
                 _next(plan, i, end, lambda j: fetch(keys, j, k_src, k_dst, k_bar))
-            state = values.add(v_dst, at(i), slot, planes, weights, alpha, state)
+            state = values.add((*v_dst, *k_dst[: values.borrows]), at(i), slot, planes, weights, alpha, state)
         _next(plan, i, end, lambda j: fetch(values, j, v_src, v_dst, v_bar))
         return top, total, state
 

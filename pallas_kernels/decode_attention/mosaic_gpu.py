@@ -53,12 +53,17 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
 
 
 def _fits(k: Format, v: Format, decoders) -> None:
-    needed = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for d in decoders for x in d.scratch())
+    needed = _bytes(decoders)
     if needed > SHARED_BYTES:
         raise NotImplementedError(
             f"The Hopper kernel needs {-(-needed >> 10)} KiB of shared memory for keys of {describe(k)} and values of "
             f"{describe(v)} at head size {shape_of(k)[5]}; there are {SHARED_BYTES >> 10}."
         )
+
+
+def _bytes(decoders) -> int:
+    """Of shared memory."""
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for d in decoders for x in d.scratch())
 
 
 def _codebook_refusal(k: Format, v: Format, rotates: bool) -> str:
@@ -160,5 +165,9 @@ def _codebooks(k: Codebook, v: Codebook, group: int, layer, rotation, interpret:
     from pallas_kernels.decode_attention import gpu_codebook_keys, gpu_codebook_values
 
     plan = gpu_codebook_keys.plan(k, group, interpret, splits)
-    keys = gpu_codebook_keys.CodebookKeys(plan, k.bits, k.slots, layer, rotation)
-    return plan, keys, gpu_codebook_values.CodebookValues(plan, v.bits, v.slots, layer)
+    for levels in (v.levels, None) if k.bits in (2, 4) else (None,):  # tables in shared memory where there is room
+        keys = gpu_codebook_keys.CodebookKeys(plan, k.bits, k.slots, layer, rotation, levels)
+        values = gpu_codebook_values.CodebookValues(plan, v.bits, v.slots, layer, keys.shared)
+        if _bytes((keys, values)) <= SHARED_BYTES:
+            break
+    return plan, keys, values
