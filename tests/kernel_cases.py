@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_attention import formats, reference, specs
+from pallas_kernels.decode_attention import formats, heads, reference, specs
+from pallas_kernels.joined import heads_to_join
 
 EMPTY = float(np.float32(-1e30))
 
@@ -142,6 +143,15 @@ def case(storage: str, shape: str, lengths: str, first: int = 0, stride: int = 1
     k, v = (jax.tree.map(jnp.asarray, x) for x in (k, v))
     arguments = {"q": jnp.asarray(q), "k": k, "v": v, "layer": jnp.int32(layer), "rotation": rotation, **rows}
     return arguments, expected
+
+
+def joined(arguments):
+    """The case with heads side by side, as a TPU has those that do not fill its lanes."""
+    count = heads_to_join(arguments["q"].shape[-1])
+    if arguments["q"].shape[1] % count or count == 1:
+        return arguments
+    k = heads.join_format(arguments["k"], count, halves=arguments["rotation"] is not None)
+    return arguments | {"k": k, "v": heads.join_format(arguments["v"], count)}
 
 
 def _seed(*names: str) -> int:

@@ -9,8 +9,8 @@ from typing import Literal
 
 import jax
 
-from pallas_kernels.decode_attention import reference
-from pallas_kernels.decode_attention.formats import Format, Partial, Planes, Rotation, describe, shape_of
+from pallas_kernels.decode_attention import heads, reference
+from pallas_kernels.decode_attention.formats import Format, Partial, Planes, Rotation, describe, joined_heads, shape_of
 
 Implementation = Literal["reference", "xla_cpu", "mosaic_tpu", "tpu_planes", "mosaic_gpu"]
 
@@ -32,7 +32,8 @@ def decode_attention(
 
     Args:
       q: `[B, K, G, H]` float32, times the softmax scale; after RoPE, or before it where `rotation` is given.
-      k, v: storage with equal L, B, N, K, T and H.
+      k, v: storage with equal L, B, N, K, T and H; or with p heads side by side as one, K / p heads of p * H channels
+        (`pallas_kernels.joined`; keys by halves where `rotation` is given).
       layer: int32 scalar.
       first, last: `[B]` int32, tokens of the storage; a row with `last <= first` sees nothing.
       rotation: for keys that are stored before RoPE.
@@ -47,10 +48,16 @@ def decode_attention(
       NotImplementedError: where the implementation does not do this storage, shape or chip.
     """
     check(k, v, q.shape[2], implementation, chip, rotation is not None)
+    group, joined = q.shape[2], joined_heads(k)
+    if joined > 1:
+        q = heads.joined_queries(q, joined, halves=rotation is not None)
+        rotation = heads.joined_rotation(rotation, joined)
     if implementation == "reference":
-        return reference.decode_attention(q, k, v, layer, first, last, rotation)
-    kernel = _module(implementation).decode_attention
-    return kernel(q, k, v, layer, first, last, rotation, chip=chip, interpret=interpret)
+        part = reference.decode_attention(q, k, v, layer, first, last, rotation)
+    else:
+        kernel = _module(implementation).decode_attention
+        part = kernel(q, k, v, layer, first, last, rotation, chip=chip, interpret=interpret)
+    return heads.separate_results(part, joined, group) if joined > 1 else part
 
 
 def check(k: Format, v: Format, group: int, implementation: Implementation, chip: str, rotates: bool) -> None:
@@ -64,6 +71,8 @@ def check(k: Format, v: Format, group: int, implementation: Implementation, chip
         raise ValueError(
             f"`v` is storage of {shape_of(v)} (L, B, N, K, T, H), but `k` of {shape_of(k)}; they must agree."
         )
+    if joined_heads(k) != joined_heads(v):
+        raise ValueError("`v` has another number of heads side by side than `k`; they must agree.")
     if implementation == "reference":
         return
     for fmt in (k, v):

@@ -2,7 +2,8 @@
 
 Every array has the axes `[L, B, N, K or 1, ...]` of the cache it comes from (layers, rows, blocks of T tokens, kv
 heads) and is passed whole: a kernel takes the layer as an index, because slicing it off would copy the layer. 16-bit
-floats are held as uint16 bit patterns. Codes are packed along tokens by `pallas_kernels.packing`.
+floats are held as uint16 bit patterns. Codes are packed along tokens by `pallas_kernels.packing`. Where heads stand
+side by side (`pallas_kernels.joined`), `joined` says how many, and K and H are those of the joined heads.
 """
 
 import dataclasses
@@ -22,10 +23,12 @@ class Dense:
     Attributes:
       values: `[L, B, N, K, T, H]` uint16.
       dtype: what the bits are, static.
+      joined: static.
     """
 
     values: Leaf
     dtype: Literal["bfloat16", "float16"] = dataclasses.field(default="bfloat16", metadata={"static": True})
+    joined: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -36,10 +39,12 @@ class Affine:
     Attributes:
       codes: `[L, B, N, K, T * bits / 32, H]` uint32.
       scale, zero: uint16. Groups along tokens (per channel): `[L, B, N, K, T/g, H]`. Along channels (per token):
-        `[L, B, N, K, H/g, T]`, or `[L, B, N, 1, 1, T]` where one group is a token's whole kv width.
+        `[L, B, N, K, H/g, T]`, or `[L, B, N, 1, 1, T]` where one group is a token's whole kv width. Of joined heads
+        the groups may be in n parts, `[L, B, N, n * K, H/g/n, T]`.
       bits: 1, 2, 3, 4 or 8, static.
       along: the axis groups run along, static.
       dtype: what the bits of scale and zero are, static.
+      joined: static.
     """
 
     codes: Leaf
@@ -48,6 +53,17 @@ class Affine:
     bits: int = dataclasses.field(metadata={"static": True})
     along: Literal["tokens", "channels"] = dataclasses.field(metadata={"static": True})
     dtype: Literal["float16", "bfloat16"] = dataclasses.field(default="float16", metadata={"static": True})
+    joined: int = dataclasses.field(default=1, metadata={"static": True})
+
+    @property
+    def parts(self) -> int:
+        """n, the parts that the groups of a head are in."""
+        return max(1, self.scale.shape[3] // self.codes.shape[3])
+
+    @property
+    def groups(self) -> int:
+        """Of tokens of a block, or of channels of a (joined) head; 1 where heads share one."""
+        return self.scale.shape[-2] * self.parts
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +81,7 @@ class Codebook:
       slot_residual: `[L, B, N, K, s, T]` uint16 (float16 bits); None without slots.
       bits: 1 to 4, static.
       per: what shares a scale, static.
+      joined: static.
     """
 
     codes: Leaf
@@ -75,6 +92,7 @@ class Codebook:
     slot_residual: Leaf
     bits: int = dataclasses.field(metadata={"static": True})
     per: Literal["channel", "token"] = dataclasses.field(metadata={"static": True})
+    joined: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def slots(self) -> int:
@@ -166,6 +184,11 @@ def shape_of(fmt: Format) -> tuple[int, int, int, int, int, int]:
     return (*lead, words * 32 // fmt.bits, channels)
 
 
+def joined_heads(fmt: Format) -> int:
+    """How many heads stand side by side as one."""
+    return 1 if isinstance(fmt, Planes) else fmt.joined
+
+
 def describe(fmt: Format) -> str:
     """The storage in a few words, for `explain` and the support matrix."""
     if isinstance(fmt, Dense):
@@ -173,11 +196,11 @@ def describe(fmt: Format) -> str:
     if isinstance(fmt, Planes):
         return "float16 planes" + ("" if fmt.order == "words" else f", {fmt.order} together")
     if isinstance(fmt, Affine):
-        size = shape_of(fmt)[4] // fmt.scale.shape[-2]
+        size = shape_of(fmt)[4] // fmt.groups
         if fmt.along == "tokens":
             return f"affine {fmt.bits} bits per channel, groups of {size}"
         shared = fmt.scale.shape[3] == 1 and shape_of(fmt)[3] > 1
-        size = "kv width" if shared else f"groups of {shape_of(fmt)[5] // fmt.scale.shape[-2]}"
-        return f"affine {fmt.bits} bits per token, {size}"
+        width = "kv width" if shared else f"groups of {shape_of(fmt)[5] // fmt.groups}"
+        return f"affine {fmt.bits} bits per token, {width}"
     slots = f", {fmt.slots} outlier slot{'s' * (fmt.slots > 1)}" if fmt.slots else ""
     return f"codebook {fmt.bits} bits per {fmt.per}{slots}"

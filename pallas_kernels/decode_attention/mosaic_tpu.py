@@ -1,9 +1,9 @@
 """TPU: one Pallas kernel (`tpu_skeleton`) and a decoder per storage.
 
 Known limits, as seen with the TPU compiler at 1M tokens: the kernel reads codes with channels on lanes. XLA puts the
-blocks there where channels would not fill them, below 128 per head, and would copy the cache for every call: packed
-codes of such heads are refused. Dense storage of any head size is read as XLA has it. On v5p metadata that heads share
-is copied where the number of blocks is no multiple of 16.
+blocks there where channels would not fill them, and would copy the cache for every call: packed codes of heads of 64
+and 96 channels are read where 2 and 4 of them stand side by side, and refused elsewhere. Dense storage of any head size
+is read as XLA has it. On v5p metadata that heads share is copied where the number of blocks is no multiple of 16.
 """
 
 import dataclasses
@@ -21,8 +21,10 @@ from pallas_kernels.decode_attention.formats import (
     Partial,
     Rotation,
     describe,
+    joined_heads,
     shape_of,
 )
+from pallas_kernels.decode_attention.heads import padded_group
 from pallas_kernels.decode_attention.tpu_affine_keys import KeysPerChannel, KeysPerToken
 from pallas_kernels.decode_attention.tpu_affine_values import ValuesPerToken
 from pallas_kernels.decode_attention.tpu_codebook import (
@@ -34,10 +36,11 @@ from pallas_kernels.decode_attention.tpu_codebook import (
 from pallas_kernels.decode_attention.tpu_dense import DenseKeys, DenseValues
 from pallas_kernels.decode_attention.tpu_plan import BF16_ARITHMETIC, INT8_PRODUCTS, LANES, SUBLANES, Plan, make_plan
 from pallas_kernels.decode_attention.tpu_skeleton import decode
+from pallas_kernels.joined import heads_to_join
 
 CHIPS = ("v5e", "v5p", "v6e", "7x")
-HEAD_SIZES = (64, 96, 128, 256)
-MOST_QUERIES = 16
+HEAD_SIZES = (64, 96, 128, 256, 384)  # 384: four of 96 side by side
+MOST_QUERIES = 32  # of heads that stand side by side together
 SMALLEST_GROUP = 32
 
 
@@ -50,6 +53,8 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
         raise NotImplementedError(f"the TPU kernel takes heads of {HEAD_SIZES} channels, not {channels}.")
     if tokens % LANES:
         raise NotImplementedError(f"the TPU kernel takes blocks of a multiple of {LANES} tokens, not {tokens}.")
+    if (joined := joined_heads(k)) > 1:
+        group = joined * padded_group(group, joined)
     if group > MOST_QUERIES:
         raise NotImplementedError(f"the TPU kernel takes up to {MOST_QUERIES} queries per kv head, not {group}.")
     for name, x in (("keys", k), ("values", v)):
@@ -61,8 +66,9 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
             raise NotImplementedError(f"the TPU kernel has no decoder for {name} as {describe(x)}.")
         if not isinstance(x, Dense) and channels % LANES:
             raise NotImplementedError(
-                f"heads of {channels} channels: XLA lays packed codes out otherwise and would copy the cache on every "
-                "call."
+                f"heads of {channels} channels do not fill {LANES} lanes, and XLA would copy the cache on every call; "
+                f"a cache made for a TPU keeps {heads_to_join(channels)} of them side by side where they divide the kv "
+                "heads of a device and outlier slots name up to 256 channels."
             )
     if isinstance(k, Codebook):
         check_codebook_keys(k, rotates)
@@ -77,9 +83,9 @@ def _check_affine(name: str, x: Affine) -> None:
     if x.along == "tokens":
         if name == "values":
             raise NotImplementedError("the TPU kernel takes affine values with groups along channels, not tokens.")
-        size = tokens // x.scale.shape[-2]
+        size = tokens // x.groups
     else:
-        size = channels // x.scale.shape[-2]
+        size = channels // x.groups
     heads, rows = x.scale.shape[3:5]
     if rows == 1 and heads % 2 and heads > 1:
         raise NotImplementedError(
@@ -115,7 +121,8 @@ def _unrolled(plan: Plan, name: str, x: Format, chip: str) -> Plan:
     tokens = _overlapped(name, x, chip)
     if isinstance(x, Affine):  # more registers per token
         tokens //= plan.rows // SUBLANES * (plan.channels // LANES)
-    return dataclasses.replace(plan, unroll=math.gcd(plan.unroll, max(1, tokens // plan.run_tokens)))
+    runs = 1 << (max(1, tokens // plan.run_tokens).bit_length() - 1)
+    return dataclasses.replace(plan, unroll=math.gcd(plan.unroll, runs))
 
 
 def _overlapped(name: str, x: Format, chip: str) -> int:
@@ -127,7 +134,7 @@ def _overlapped(name: str, x: Format, chip: str) -> int:
         return 256 if name == "keys" and x.bits < 4 else 1024
     if not isinstance(x, Affine):
         return 2048 if isinstance(x, Dense) and x.dtype == "float16" else 4096
-    groups = x.scale.shape[-2]
+    groups = x.groups
     if chip not in INT8_PRODUCTS:
         if name == "keys":
             return 4096

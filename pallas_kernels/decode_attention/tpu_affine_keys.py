@@ -215,7 +215,7 @@ class KeysPerToken(_AffineKeys):
 
     @property
     def groups(self) -> int:
-        return self.fmt.scale.shape[-2]
+        return self.fmt.groups
 
     def operands(self):
         return [self.plan.stored(self.fmt.codes), *self.metadata.operands()]

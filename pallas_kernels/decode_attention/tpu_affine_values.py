@@ -24,7 +24,8 @@ class ValuesPerToken:
 
     Weights times the scales of each group of channels are the rows of one product; the sums keep, at the end, each
     group's channels. Where a kv head has few queries, the rows of a register hold copies of them, and each copy takes
-    another group. Beside the products stand sums of weights times zeros, per token until the end.
+    another group. Where heads stand side by side, each query takes the groups of its own head. Beside the products
+    stand sums of weights times zeros, per token until the end.
     """
 
     fmt: Affine
@@ -35,8 +36,14 @@ class ValuesPerToken:
         return TokenMetadata(self.fmt, self.plan, self.encoding)
 
     @property
+    def heads(self) -> int:
+        """Side by side, with groups of their own."""
+        return self.fmt.joined if self.fmt.groups > 1 else 1
+
+    @property
     def groups(self) -> int:
-        return self.fmt.scale.shape[-2]
+        """Of a head."""
+        return self.fmt.groups // self.heads
 
     @property
     def copies(self) -> int:
@@ -98,18 +105,22 @@ class ValuesPerToken:
         return sums[0], *self.products.collect(self._split(refs)[1], sums[1:])
 
     def _rows(self, ref, run: jax.Array, first: int) -> jax.Array:
-        rows = [self.metadata.row(ref, run, first + c) for c in range(self.copies)]
+        copies = self.copies if self.heads == 1 else self.plan.copies  # heads vary fastest within a copy
+        groups = [first + c * self.copies // copies for c in range(copies)]
+        rows = [self.metadata.row(ref, run, h * self.groups + group) for group in groups for h in range(self.heads)]
         return by_copy(rows, self.plan.rows)
 
     def finish(self, refs: Refs, sums: Loaded) -> jax.Array:
         rows, channels = self.plan.rows, self.plan.channels
         products = self.products.finish(sums[1:]) + sums[0].sum(axis=1, keepdims=True)
         out = products[:rows]
+        size = channels // self.heads
         channel = lax.broadcasted_iota(jnp.int32, (rows, channels), 1)
+        channel = channel if self.heads == 1 else lax.rem(channel, jnp.full_like(channel, size))
         for j in range(1, self.groups):
             register, copy = divmod(j, self.copies)
             part = products[register * rows : (register + 1) * rows]
             # The first copy is the one that is read.
             part = jnp.roll(part, -copy * (rows // self.copies), axis=0) if copy else part
-            out = jnp.where(channel >= j * (channels // self.groups), part, out)
+            out = jnp.where(channel >= j * (size // self.groups), part, out)
         return out

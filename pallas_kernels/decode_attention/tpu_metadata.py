@@ -23,17 +23,21 @@ def float_scratch(rows: int, width: int) -> Any:
 
 
 def viewed(ref: Any) -> Any:
-    """16-bit `ref[1, 1, blocks, 1, rows, 128]` as int32 `[blocks * rows / 2, 128]`: as pairs of rows lie in memory."""
-    blocks, rows = ref.shape[2], ref.shape[4]
-    return ref.bitcast(jnp.int32).reshape(blocks * rows // 2, LANES)
+    """16-bit `ref[1, 1, blocks, n, rows, 128]` as int32 `[all rows / 2, 128]`: as pairs of rows lie in memory."""
+    return ref.bitcast(jnp.int32).reshape(math.prod(ref.shape[2:5]) // 2, LANES)
+
+
+def can_view(rows: int, width: int, plan: Plan) -> bool:
+    """Whether 16-bit `[..., rows, width]` may be looked at as by `viewed`: the words of `rows` end no tile midway."""
+    return plan.views and width == LANES and (SUBLANES % (rows // 2) == 0 or rows // 2 % SUBLANES == 0)
 
 
 def words(ref: Any, first: Any, blocks: int, plan: Plan) -> jax.Array:
-    """int32 `[blocks * rows / 2, width]` of 16-bit `ref[1, 1, blocks, 1, rows, width]`: rows 2i, 2i + 1 above them."""
-    rows, width = ref.shape[4:]
-    if width == LANES and plan.views:
-        return viewed(ref)[pl.ds(first * (rows // 2), blocks * rows // 2)]
-    return pltpu.bitcast(ref[0, 0, pl.ds(first, blocks), 0].reshape(blocks * rows, width), jnp.int32)
+    """int32 `[all rows / 2, width]` of 16-bit `ref[1, 1, blocks, n, rows, width]`: rows 2i, 2i + 1 above them."""
+    parts, rows, width = ref.shape[3:]
+    if can_view(rows, width, plan):
+        return viewed(ref)[pl.ds(first * (parts * rows // 2), blocks * parts * rows // 2)]
+    return pltpu.bitcast(ref[0, 0, pl.ds(first, blocks)].reshape(blocks * parts * rows, width), jnp.int32)
 
 
 def store_floats(source: Any, first: Any, plan: Plan, dtype: str, ref: Any) -> None:
@@ -84,13 +88,13 @@ def by_pieces(rows: int, size: int, body: Callable[[Any, int], None]) -> None:
 
 
 def largest(ref: Any, dtype: str, plan: Plan) -> jax.Array:
-    """`[1, width]` float32: the largest magnitude in each column of 16-bit `ref[1, 1, blocks, 1, rows, width]`."""
-    _, _, blocks, _, rows, width = ref.shape
+    """`[1, width]` float32: the largest magnitude in each column of 16-bit `ref[1, 1, blocks, n, rows, width]`."""
+    _, _, blocks, parts, rows, width = ref.shape
     if rows % 2:
-        pairs = ref[0, 0, :, 0].reshape(blocks * rows, width).astype(jnp.int32)
+        pairs = ref[0, 0].reshape(blocks * parts * rows, width).astype(jnp.int32)
         return float32(largest_half(pairs).max(axis=0, keepdims=True), dtype)
     size = math.gcd(blocks, LARGEST_PIECE)
-    height = size * rows // 2
+    height = size * parts * rows // 2
     step = SUBLANES if height % SUBLANES == 0 else height
 
     def piece(i, top):

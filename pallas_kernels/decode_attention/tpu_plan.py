@@ -97,17 +97,19 @@ class Plan:
         """The blocks of a chunk, `[chunk_blocks, ...]`, of storage `[L, B, N, K or 1, ...]`.
 
         Args:
-          whole: keep all axes, `[1, 1, chunk_blocks, 1, ...]`, for a kernel that looks at the memory in another way.
+          whole: keep all axes, `[1, 1, chunk_blocks, 1, ...]`, for a kernel that looks at the memory in another way;
+            where the storage has n times as many heads, n of them: `[1, 1, chunk_blocks, n, ...]`.
         """
-        shared = array.shape[3] == 1
+        shared, parts = array.shape[3] == 1, max(1, array.shape[3] // self.heads)
         inner = [pl.Element(n) for n in array.shape[4:]]
 
         def index(b, k, c, layer, first, last):
             used = jnp.clip(c, 0, jnp.maximum(self.count(first[b], last[b]) - 1, 0))
-            return layer[0], b, self.start(first[b], used), 0 if shared else k, *(0 for _ in inner)
+            return layer[0], b, self.start(first[b], used), 0 if shared else k * parts, *(0 for _ in inner)
 
         one = pl.Element(1) if whole else pl.Squeezed()
-        return Operand(array, pl.BlockSpec((one, one, pl.Element(self.chunk_blocks), one, *inner), index))
+        head = pl.Element(parts) if whole else pl.Squeezed()
+        return Operand(array, pl.BlockSpec((one, one, pl.Element(self.chunk_blocks), head, *inner), index))
 
     def per_chunk(self, array: jax.Array) -> Operand:
         """`array[b, chunk]` of `[B, steps, ...]`, as numbered by `starts`."""
@@ -165,8 +167,8 @@ def make_plan(k: Format, v: Format, group: int, chip: str, chunk_tokens: int = 0
     unroll = max(1, UNROLLED_TOKENS // (unit * tokens))
     if runs >= unroll:
         runs -= runs % unroll
-    else:
-        unroll = runs
+    else:  # a power of two, of which decoders unroll as much as they like
+        unroll = runs = 1 << (runs.bit_length() - 1)
     rows = pl.cdiv(group, SUBLANES) * SUBLANES
     copies = SUBLANES // next(n for n in (1, 2, 4, 8) if group <= n) if group <= SUBLANES else 1
     return Plan(chip, batch, blocks, heads, tokens, channels, rows, copies, unit, runs, unroll)

@@ -16,6 +16,7 @@ from pallas_kernels.decode_attention.tpu_metadata import (
     HIGH_HALF,
     MAGNITUDE,
     by_pieces,
+    can_view,
     float32,
     largest,
     take_lanes,
@@ -41,7 +42,7 @@ class TokenMetadata:
 
     def __init__(self, fmt: Affine, plan: Plan, encoding: Encoding):
         self.fmt, self.plan, self.encoding = fmt, plan, encoding
-        self.groups = fmt.scale.shape[-2]
+        self.groups = fmt.groups
         order, together = encoding.order(plan.unit, plan.tokens), plan.unit
         while together > 1 and (order[: together * plan.tokens // 2] < together * plan.tokens // 2).all():
             together //= 2
@@ -131,8 +132,9 @@ class TokenMetadata:
     @property
     def _in_place(self) -> bool:
         """Whether words can be taken from where they were fetched to."""
-        whole = self.plan.tokens == LANES and self._rows % SUBLANES == 0
-        return not self.single and self.together == 1 and whole and self.plan.views
+        if self.single or self.together > 1 or self._rows % SUBLANES:
+            return False
+        return can_view(self.fmt.scale.shape[-2], self.plan.tokens, self.plan)
 
     def _largest(self, operands: Refs, scratch: Refs) -> jax.Array:
         """`[1, 1]` float32."""

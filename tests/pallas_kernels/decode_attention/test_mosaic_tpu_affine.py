@@ -30,6 +30,11 @@ CASES = [
     ("int8", "gqa3-h128", OLD),
     ("int8", "gqa3-h128", ANY),
     ("int4", "gqa4-h128", NEW),
+    ("bf16", "gqa4-h64", OLD),
+    ("kivi4", "gqa4-h64", NEW),
+    ("int4", "gqa16-h64", OLD),
+    ("kivi4-g128", "gqa4-h64", BF16),
+    ("kivi2", "mha-h96", OLD),
 ]
 
 
@@ -41,6 +46,7 @@ def attend(q, k, v, layer, first, last, *, chip, interpret=True):
 
 
 def run(arguments, **kwargs):
+    arguments = kernel_cases.joined(arguments)
     return attend(*(arguments[x] for x in ("q", "k", "v", "layer", "first", "last")), **kwargs)
 
 
@@ -97,7 +103,7 @@ def test_longer_blocks(tokens, chip):
     assert error <= 2 * kernel_cases.errors(kernel_cases.low_precision(arguments, jnp.bfloat16), expected)[0]
 
 
-@pytest.mark.parametrize(("storage", "shape", "chip"), [("kivi2", "mha-h128", OLD), ("int4", "gqa3-h128", NEW)])
+@pytest.mark.parametrize(("storage", "shape", "chip"), [("kivi2", "gqa4-h64", OLD), ("int4", "gqa3-h128", NEW)])
 def test_on_a_simulated_tpu_with_race_detection(storage, shape, chip):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
@@ -184,7 +190,7 @@ def test_what_is_refused_says_why():
             api.check(k, v, group, "mosaic_tpu", "v5e", rotates)
 
     refuses("affine values with groups along channels", dense, along_tokens)
-    refuses("up to 16 queries", dense, values, group=17)
+    refuses("up to 32 queries", dense, values, group=33)
     refuses("does not rotate keys", dense, values, rotates=True)
     refuses("groups of 32 or more, not 16", specs.make("affine4-tokens16", shape, rng), values)
     refuses("affine keys of 3 bits", specs.make("affine3-tokens32", shape, rng), values)
@@ -194,6 +200,6 @@ def test_what_is_refused_says_why():
         small = specs.Shape(1, 1, 1, 1, 1, channels)
         dense = specs.make("dense", small, rng)
         api.check(dense, dense, 1, "mosaic_tpu", "v5e", False)
-        refuses(f"heads of {channels} channels: XLA lays packed codes", dense, specs.make("affine8-width", small, rng))
+        refuses(f"heads of {channels} channels do not fill 128 lanes", dense, specs.make("affine8-width", small, rng))
     short = specs.Shape(1, 1, 1, 1, 1, 128, 64)
     refuses("a multiple of 128 tokens, not 64", *(specs.make("dense", short, rng) for _ in "kv"))

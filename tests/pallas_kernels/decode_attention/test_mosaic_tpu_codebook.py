@@ -22,6 +22,8 @@ CASES = [
     ("kvquant2", "mqa16-h128", OLD),
     ("kvquant2", "gqa2-h256", NEW),
     ("kvquant2", "mqa2-h256-n96", NEW),
+    ("kvquant4", "gqa4-h64", NEW),
+    ("kvquant4-dense", "mha-h96", OLD),
 ]
 
 
@@ -48,6 +50,7 @@ def attend(q, k, v, layer, first, last, position, *, shape, chip, interpret, str
 
 
 def run(arguments, shape, chip, interpret=True):
+    arguments = kernel_cases.joined(arguments)
     operands = (arguments[x] for x in ("q", "k", "v", "layer", "first", "last"))
     rotation = arguments["rotation"]
     return attend(*operands, rotation.position, shape=shape, chip=chip, interpret=interpret, stride=rotation.stride)
@@ -77,8 +80,8 @@ def test_on_a_simulated_tpu_with_race_detection():
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
     try:
-        cases = [kernel_cases.case("kvquant2", "mha-h128", "T+1,full", 100)]
-        assert_close(cases, "mha-h128", chip=NEW, interpret=pltpu.InterpretParams(detect_races=True))
+        cases = [kernel_cases.case("kvquant2", "gqa4-h64", "T+1,full", 100)]
+        assert_close(cases, "gqa4-h64", chip=NEW, interpret=pltpu.InterpretParams(detect_races=True))
         assert not simulator.races.races_found
     finally:
         pltpu.reset_tpu_interpret_mode_state()
@@ -97,4 +100,4 @@ def test_what_is_refused_says_why():
     refuses("a scale per channel, not per token", "codebook4-token", False)
     refuses("outlier slots of keys that are stored before RoPE only", "codebook4-s", False)
     for channels in (64, 96):
-        refuses(f"heads of {channels} channels: XLA lays packed codes", "codebook4", True, channels)
+        refuses(f"heads of {channels} channels do not fill 128 lanes", "codebook4", True, channels)
