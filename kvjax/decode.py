@@ -22,7 +22,7 @@ from kvjax import sharding
 from kvjax.attention import explain
 from kvjax.byo import advance, append, attend, attend_and_count
 from kvjax.cache import CacheShape, KVCache
-from kvjax.fused import block_tokens
+from kvjax.fused import arranged, block_tokens
 from kvjax.model import cached
 from kvjax.rows import crop, fork
 from kvjax.sampling import Sampler, sample
@@ -77,6 +77,7 @@ def init_cache(
         )
     target = target or default_target(mesh)
     block = block or block_tokens(policy, target)
+    policy = arranged(policy, shape, target, mesh)
     return _cache.init(
         shape, policy, batch=batch, capacity=capacity, dtype=dtype, target=target, block=block, mesh=mesh
     )

@@ -4,6 +4,7 @@ Kernels (`pallas_kernels.decode_attention`) read packed words and know no codecs
 read. What has no kernel takes the chunked reference of `kvjax.attention`, and `explain` says so and why.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +16,16 @@ from kvjax.cache import KVCache, Segment
 from kvjax.codecs.affine import AffineBlock, AffineCodec
 from kvjax.codecs.base import AbstractCodec
 from kvjax.codecs.identity import DenseBlock, IdentityCodec
+from kvjax.codecs.joined import JoinedCodec, can_join
+from kvjax.codecs.joined import inner as unjoined
 from kvjax.codecs.kvquant import NUQBlock, NUQChannelCodec, NUQTokenCodec
 from kvjax.codecs.rotated import RotatedCodec
 from kvjax.model.rope import cos_sin
 from kvjax.striped import Stripe
 from kvjax.targets import split
-from pallas_kernels import packing
+from pallas_kernels import joined, packing
 from pallas_kernels.decode_attention import api
-from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, Partial, Rotation
+from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, Partial, Planes, Rotation
 
 # (storage type, platform) -> implementation; the kernel's own `check` has the last word on shapes and chips.
 _KERNELS: dict[str, api.Implementation] = {"cpu": "xla_cpu", "gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
@@ -37,6 +40,10 @@ def kernel_format(codec: AbstractCodec, storage: Any, params: Any, layers: int) 
     Raises:
       NotImplementedError: for storage that no kernel reads.
     """
+    if isinstance(codec, JoinedCodec):
+        fmt = kernel_format(codec.inner, storage, _joined_constants(codec, params), layers)
+        assert not isinstance(fmt, Planes)
+        return dataclasses.replace(fmt, joined=codec.heads)
     if isinstance(codec, RotatedCodec):
         if codec.pre_rope:
             raise NotImplementedError("a Hadamard rotation before RoPE cannot be folded into the query")
@@ -64,6 +71,35 @@ def _codebook(codec: NUQChannelCodec | NUQTokenCodec, block: NUQBlock, params: A
     if codec.ranges != "offline":
         raise NotImplementedError("kernels read per-channel ranges that are fitted offline, not those of a block")
     return Codebook(block.codes, levels, params["scale"], params["zero"], *slots, codec.bits, "channel")
+
+
+def _joined_constants(codec: JoinedCodec, params: Any) -> Any:
+    if params is None:
+        return None
+
+    def joined_constant(x: Any) -> Any:
+        return codec.join_constants(x) if isinstance(x, jax.Array) else jax.eval_shape(codec.join_constants, x)
+
+    return {name: joined_constant(x) if name in ("scale", "zero") else x for name, x in params.items()}
+
+
+def arranged(policy: Any, shape: Any, target: str, mesh: Any) -> Any:
+    """The policy with codecs that keep heads side by side where the target wants that (`kvjax.codecs.joined`)."""
+    heads = joined.heads_to_join(shape.head_dim)
+    own = shape.kv_heads // (1 if mesh is None else mesh.shape["tensor"])
+    if split(target)[0] != "tpu" or heads == 1 or own % heads:
+        return policy
+
+    def arrange(codec: AbstractCodec) -> AbstractCodec:
+        return JoinedCodec(codec, heads)
+
+    segments = tuple(
+        dataclasses.replace(part, k_codec=arrange(part.k_codec), v_codec=arrange(part.v_codec))
+        if all(can_join(codec, heads, shape.head_dim) for codec in (part.k_codec, part.v_codec))
+        else part
+        for part in policy.segments
+    )
+    return dataclasses.replace(policy, segments=segments)
 
 
 def block_tokens(policy: Any, target: str) -> int:
@@ -103,8 +139,8 @@ def _choose(cache: KVCache, segment: Segment, target: str | None = None) -> tupl
         raise NotImplementedError(f"no kernel reads bit planes on {platform}")
     if segment.k_codec.pre_rope and cache.shape.rope.dynamic is not None:
         raise NotImplementedError("dynamic RoPE turns every row by other angles")
-    group = cache.shape.q_heads // cache.shape.kv_heads
     k, v = formats(segment)
+    group = cache.shape.q_heads // cache.shape.kv_heads
     api.check(k, v, group, name, chip, segment.k_codec.pre_rope)
     return name, k, v
 
@@ -148,8 +184,9 @@ def _attend(
         q = raw * jnp.float32(shape.rope.attention_factor**2)
         start = cache.sinks + stripe.index * T
         rotation = Rotation(position - start, lambda offsets: _turn(shape.rope, offsets), stripe.count)
-    if isinstance(segment.k_codec, RotatedCodec):
-        q = segment.k_codec.turn(q)
+    k_codec, v_codec = unjoined(segment.k_codec), unjoined(segment.v_codec)
+    if isinstance(k_codec, RotatedCodec):
+        q = k_codec.turn(q)
     part = api.decode_attention(
         q,
         k,
@@ -161,8 +198,8 @@ def _attend(
         implementation=name,
         chip=split(cache.target)[1],
     )
-    if isinstance(segment.v_codec, RotatedCodec):
-        part = part._replace(acc=segment.v_codec.turn(part.acc))
+    if isinstance(v_codec, RotatedCodec):
+        part = part._replace(acc=v_codec.turn(part.acc))
     return part
 
 

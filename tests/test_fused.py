@@ -18,6 +18,7 @@ from kvjax.codecs.identity import DenseBlock
 from kvjax.codecs.kvquant import NUQBlock
 from kvjax.model.rope import make_rope
 from kvjax.striped import Stripe
+from pallas_kernels.decode_attention.formats import shape_of
 from pallas_kernels.decode_attention.reference import dequantize
 
 BLOCKS = 3
@@ -31,12 +32,14 @@ def model():
 @pytest.fixture(autouse=True)
 def definition(monkeypatch):
     for block in (DenseBlock, AffineBlock, NUQBlock):
-        monkeypatch.setitem(fused.FAST, (block, "cpu"), "reference")
+        for platform in ("cpu", "tpu"):
+            monkeypatch.setitem(fused.FAST, (block, platform), "reference")
 
 
-def filled(model, quant, **changes):
+def filled(model, quant, target="cpu", **changes):
     """A cache whose sealed blocks hold random keys and values, rows of different lengths."""
-    cache = decode.init_cache(model, kvjax.policy(quant, model), batch=3, capacity=BLOCKS * 128 + 64, target="cpu")
+    sizes = {"batch": 3, "capacity": BLOCKS * 128 + 64, "block": 128}
+    cache = decode.init_cache(model, kvjax.policy(quant, model), target=target, **sizes)
     rng = np.random.default_rng(0)
     segments = []
     for segment in cache.segments:
@@ -88,6 +91,18 @@ def test_a_kernel_is_given_what_the_codec_stored(model, quant):
     kernel, plain = both(filled(model, quant))
     for a, b in zip(kernel, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("quant", ["kivi4-rot", "kvquant3"])
+def test_heads_of_64_stand_side_by_side_on_tpu(model, quant):
+    plain, joined = (filled(model, quant, target) for target in ("cpu", "tpu:v5e"))
+    k, v = fused.formats(joined.segments[0])
+    assert shape_of(k)[3:] == shape_of(v)[3:] == (1, 128, 128) and k.joined == v.joined == 2
+    assert decode.bits_per_element(joined) == decode.bits_per_element(plain)
+    assert decode.explain(joined, "cpu") == decode.explain(plain)
+    for a, b, c in zip(*both(joined), both(plain)[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(b, c, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("quant", ["kivi2", "kvquant3"])

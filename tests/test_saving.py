@@ -150,6 +150,41 @@ def test_decoding_goes_on_with_the_same_logits(name, tmp_path):
         assert np.median(np.abs(logits - wanted)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["kivi4", "kvquant3"])
+def test_heads_side_by_side_are_saved_for_any_target(name, tmp_path):
+    """2 heads of 64 as one on TPU, as two on CPU and where each has a device of its own."""
+    shape = decode.CacheShape(L, 4, 2, 64, make_rope(64, 2048))
+    policy, rng = make_policy(preset(name), L, 2, 64, name), np.random.default_rng(0)
+    cache = decode.init_cache(shape, policy, batch=B, capacity=300, target="tpu:v5e")
+
+    def drawn(codec, block):
+        def fill(leaf):
+            x = rng.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), np.uint8).view(leaf.dtype)[..., 0]
+            return jnp.asarray(x % 64 if leaf.dtype == jnp.uint8 else x)  # slots name channels of their head
+
+        return codec.join(jax.tree.map(fill, codec.separate(block)))
+
+    segment = cache.segments[0]
+    segment = dataclasses.replace(segment, k=drawn(segment.k_codec, segment.k), v=drawn(segment.v_codec, segment.v))
+    cache = dataclasses.replace(cache, segments=(segment,))
+    saving.save_cache(cache, tmp_path / "tpu")
+    for sizes, target in ((None, "cpu"), ("seq=2,tensor=2", "tpu:v5e")):
+        plain, _ = saving.load_cache(tmp_path / "tpu", shape, policy, mesh=mesh_of(sizes), target=target)
+        if sizes is None:
+            for side in "kv":
+                expected = getattr(segment, f"{side}_codec").separate(getattr(segment, side))
+                assert_same(getattr(plain.segments[0], side), expected)
+        saving.save_cache(plain, tmp_path / "plain")
+        back, _ = saving.load_cache(tmp_path / "plain", shape, target="tpu:v5e")
+        assert_same((back.segments[0].k, back.segments[0].v), (segment.k, segment.v))
+        assert jax.tree.structure(back) == jax.tree.structure(cache)
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 @pytest.fixture
 def held(monkeypatch):
     """Arrays are written to disk when this event is set."""

@@ -11,6 +11,7 @@ from kvjax import decode, sharding
 from kvjax.cache import CacheShape, KVCache
 from kvjax.policy import Policy
 from kvjax.saving import facts as _facts
+from kvjax.saving.arrangement import as_saved
 from kvjax.saving.leaves import named, restripe
 from kvjax.saving.store import Save, Saving, write
 
@@ -201,7 +202,9 @@ def _read(save: Save, abstract: KVCache, shape: CacheShape) -> KVCache:
     known = save.facts
     blocks, stripes = known["blocks"], known["stripes"]
     new_blocks, new_stripes = jax.tree.leaves(abstract.segments[0].v)[0].shape[2], abstract.stripes
-    wanted = _leaves(abstract)
+    final = _leaves(abstract)
+    otherwise = as_saved(abstract, known.get("joined", [[1, 1]] * len(abstract.segments)))
+    wanted = {name: otherwise[name][0] if name in otherwise else leaf for name, leaf in final.items()}
     rest = set(known["leaves"]) - set(wanted) - {"tokens"}
     if rest:
         raise ValueError(f"`directory={save.directory}` holds {min(rest)}, which this version of kvjax has not.")
@@ -220,6 +223,8 @@ def _read(save: Save, abstract: KVCache, shape: CacheShape) -> KVCache:
         spec = getattr(want.sharding, "spec", PartitionSpec())
         found[name] = restripe(stored.pop(name), blocks, stripes, new_blocks, abstract.mesh, spec)
         jax.block_until_ready(found[name])  # what it was made of is gone before the next is read
+    for name, (_, rearrange) in otherwise.items():
+        found[name] = jax.block_until_ready(rearrange(found[name]))
     own = named({"shape": shape})
 
     def leaf(name: str, want: Any) -> jax.Array:

@@ -12,6 +12,7 @@ import kvjax
 from kvjax.cache import CacheShape, KVCache
 from kvjax.codecs import CODECS, AlignRule
 from kvjax.codecs.base import AbstractCodec
+from kvjax.codecs.joined import inner
 from kvjax.model.rope import Rope
 from kvjax.policy import Policy, SegmentPolicy
 from kvjax.sharding import on_host
@@ -34,6 +35,7 @@ def of_cache(cache: KVCache, model: Any) -> dict[str, Any]:
         "dtype": str(cache.dtype),
         "blocks": jax.tree.leaves(cache.segments[0].v)[0].shape[2],
         "stripes": cache.stripes,
+        "joined": [[getattr(c, "heads", 1) for c in (s.k_codec, s.v_codec)] for s in cache.segments],
         "lengths": on_host(cache.length).tolist(),
     }
 
@@ -64,8 +66,8 @@ def of_segment(segment: Any) -> dict[str, Any]:
     """The layers and codecs of a `Segment` or `SegmentPolicy`."""
     return {
         "layers": list(segment.layer_ids),
-        "keys": of_codec(segment.k_codec),
-        "values": of_codec(segment.v_codec),
+        "keys": of_codec(inner(segment.k_codec)),
+        "values": of_codec(inner(segment.v_codec)),
     }
 
 
