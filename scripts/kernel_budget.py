@@ -3,7 +3,8 @@
 python scripts/kernel_budget.py --chips v5p,h100 --storages bf16,kivi4,kvquant3
 
 Compiles each storage's kernel with the real compilers (pip install -e '.[compile]', Python >= 3.12) and counts what
-they wrote. A tile is 128 tokens' keys and values of one kv head of 128 channels. Static: nothing is timed.
+they wrote. A tile is 128 tokens' keys and values of one kv head, of 128 channels ("-h64", "-h96": of so many). Static:
+nothing is timed.
 """
 
 import argparse
@@ -24,8 +25,7 @@ from rich.table import Table
 from kvjax.evaluate.compare_report import to_markdown
 from kvjax.evaluate.progress import bar
 from pallas_kernels import deviceless
-from pallas_kernels.decode_attention import budget, specs, support
-from pallas_kernels.decode_attention.specs import STORAGES
+from pallas_kernels.decode_attention import budget, support
 
 UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
 
@@ -33,7 +33,7 @@ UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", metavar="A,B", help=f"of {', '.join(deviceless.CHIPS)} (all whose compiler is here)")
-    parser.add_argument("--storages", metavar="A,B", help=f"of {', '.join(STORAGES)} (all)")
+    parser.add_argument("--storages", metavar="A,B", help=f"of {', '.join(budget.CASES)} (all)")
     parser.add_argument("--block", type=int, default=128, metavar="T", help="tokens per block (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--markdown", action="store_true", help="print tables for a page")
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with one_line_errors():
         chips = chosen(args.chips, "chips", deviceless.CHIPS)
-        storages = chosen(args.storages, "storages", tuple(STORAGES))
+        storages = chosen(args.storages, "storages", tuple(budget.CASES))
         reasons = {chip: reason for chip in chips if (reason := deviceless.missing(chip))}
         if args.chips or len(reasons) == len(chips):
             for reason in reasons.values():
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.block < 32 or args.block % 32:
             raise ValueError(f"`block={args.block}` must be a positive multiple of 32 tokens; the default is 128.")
         chips = [chip for chip in chips if chip not in reasons]
-        costs, refused, failed = measure(chips, storages, dataclasses.replace(budget.LLAMA_3_8B, tokens=args.block))
+        costs, refused, failed = measure(chips, storages, args.block)
         if args.json:
             Path(args.json).write_text(json.dumps(as_json(costs, refused), indent=1) + "\n", encoding="utf-8")
     for kind, columns in (("TPU", tpu_columns), ("GPU", gpu_columns)):
@@ -90,7 +90,7 @@ def chosen(value: str | None, option: str, known: tuple[str, ...]) -> list[str]:
 
 
 def measure(
-    chips: Sequence[str], storages: Sequence[str], shape: specs.Shape
+    chips: Sequence[str], storages: Sequence[str], block: int
 ) -> tuple[list[budget.Cost], dict[str, str], dict[str, str]]:
     """Costs, and the reasons of kernels that do not do a storage on a chip, and of those that do not compile."""
     costs: list[budget.Cost] = []
@@ -102,7 +102,7 @@ def measure(
             for storage in storages:
                 shown.update(row, description=f"{chip} {storage}")
                 try:
-                    costs.append(budget.cost(storage, deviceless.target(chip), shape))
+                    costs.append(one_cost(storage, chip, block))
                 except NotImplementedError as error:
                     refused[f"{chip} {storage}"] = " ".join(str(error).split())
                 except (jax.errors.JaxRuntimeError, ValueError) as error:  # the table goes on without it
@@ -111,9 +111,15 @@ def measure(
     return costs, refused, failed
 
 
+def one_cost(case: str, chip: str, block: int) -> budget.Cost:
+    storage, shape = budget.CASES[case]
+    return budget.cost(storage, deviceless.target(chip), dataclasses.replace(shape, tokens=block), name=case)
+
+
 def faster(cost: budget.Cost, costs: Sequence[budget.Cost]) -> str:
-    """Predicted speed over our bf16 kernel's on the same chip."""
-    dense = [c for c in costs if c.chip == cost.chip and c.storage == "bf16"]
+    """Predicted speed over our bf16 kernel's on the same chip, of the same shape."""
+    shape = budget.CASES[cost.storage][1]
+    dense = [c for c in costs if c.chip == cost.chip and budget.CASES[c.storage] == ("bf16", shape)]
     return f"{dense[0].cycles / cost.cycles:.2f}" if dense else ""
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import deviceless, listings
-from pallas_kernels.decode_attention import api, mosaic_gpu, specs
+from pallas_kernels import deviceless, joined, listings
+from pallas_kernels.decode_attention import api, heads, mosaic_gpu, specs
 from pallas_kernels.decode_attention.formats import Format
 
 # Bytes that HBM delivers per clock of a TensorCore (two of them share a v5p or 7x) or of one of 132 SMs: bandwidth over
@@ -26,6 +26,12 @@ VREG = 1024  # 32-bit elements of a TPU's vector register
 LANES = 128  # instructions that an SM's four schedulers issue per clock, times 32 lanes
 LONG = 1 << 20
 LLAMA_3_8B = specs.Shape(layers=2, batch=1, blocks=0, heads=8, group=4, channels=128)
+LLAMA_3_2_1B = dataclasses.replace(LLAMA_3_8B, channels=64)
+PHI_3_MINI = dataclasses.replace(LLAMA_3_8B, heads=32, group=1, channels=96)
+# What is counted, by name: a storage of `specs.STORAGES` and a model's shape.
+CASES = {storage: (storage, LLAMA_3_8B) for storage in specs.STORAGES}
+CASES |= {"kivi4-h64": ("kivi4", LLAMA_3_2_1B), "kvquant3-h64": ("kvquant3", LLAMA_3_2_1B)}
+CASES |= {"int4-h96": ("int4", PHI_3_MINI)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +81,25 @@ def implementation(chip: str) -> api.Implementation:
     return "mosaic_tpu" if chip in deviceless.TPU_TOPOLOGIES else "mosaic_gpu"
 
 
-def problem(storage: str, tokens: int, shape: specs.Shape = LLAMA_3_8B) -> tuple[Format, Format, specs.Shape]:
+def problem(storage: str, tokens: int, shape: specs.Shape, on: deviceless.Target) -> tuple[Format, Format, specs.Shape]:
     """Abstract keys and values of a named storage over so many tokens, in blocks that suit a TPU."""
     kinds = specs.STORAGES[storage]
     shape = specs.in_tpu_blocks(kinds, shape)
     shape = dataclasses.replace(shape, blocks=tokens // shape.tokens)
-    return specs.abstract(kinds.keys, shape), specs.abstract(kinds.values, shape), shape
+    k, v = specs.abstract(kinds.keys, shape), specs.abstract(kinds.values, shape)
+    if on.platform == "tpu" and (count := joined.heads_to_join(shape.channels)) > 1:
+        k = jax.eval_shape(lambda x: heads.join_format(x, count, halves=kinds.pre_rope), k)
+        v = jax.eval_shape(lambda x: heads.join_format(x, count), v)
+    return k, v, shape
 
 
-def compile_storage(
-    storage: str, tokens: int, on: deviceless.Target, shape: specs.Shape = LLAMA_3_8B
-) -> deviceless.Compiled:
+def compile_storage(storage: str, tokens: int, on: deviceless.Target, shape: specs.Shape) -> deviceless.Compiled:
     """The kernel for a named storage over so many tokens.
 
     Raises:
       NotImplementedError: where there is no kernel for it.
     """
-    k, v, shape = problem(storage, tokens, shape)
+    k, v, shape = problem(storage, tokens, shape, on)
     pre_rope = specs.STORAGES[storage].pre_rope
 
     def attend(q, k, v, layer, first, last, position):
@@ -105,17 +113,20 @@ def compile_storage(
     return deviceless.compile(attend, (q, k, v, jax.ShapeDtypeStruct((), jnp.int32), row, row, row), on)
 
 
-def cost(storage: str, on: deviceless.Target, shape: specs.Shape = LLAMA_3_8B, marginal: bool = True) -> Cost:
+def cost(
+    storage: str, on: deviceless.Target, shape: specs.Shape = LLAMA_3_8B, marginal: bool = True, name: str = ""
+) -> Cost:
     """Compiles a storage's kernel, and counts.
 
     Args:
+      name: of the case; the storage's without it.
       marginal: TPU: compile a second time, to tell apart what a tile costs and what a step does. Else all is shared out
         over the tiles of a step.
 
     Raises:
       NotImplementedError: where there is no kernel for it.
     """
-    k, v, shape = problem(storage, LONG, shape)
+    k, v, shape = problem(storage, LONG, shape, on)
     kernel, memory = _sm_90(storage, shape) if on.platform == "cuda" else _compile_long(storage, on, shape)
     elements = 2 * TILE * shape.channels
     if on.platform == "tpu":
@@ -131,7 +142,7 @@ def cost(storage: str, on: deviceless.Target, shape: specs.Shape = LLAMA_3_8B, m
         facts = {"registers": kernel.registers, "shared_bytes": kernel.shared_bytes}
     tile_bytes = nbytes((k, v)) / (shape.layers * shape.batch * shape.heads * LONG / TILE)
     return Cost(
-        storage,
+        name or storage,
         on.chip,
         tile_bytes,
         tile_bytes / BYTES_PER_CLOCK[on.chip],
@@ -171,16 +182,18 @@ def _tpu_tile(
     """Bundles per tile of a whole step, and slots and "bundles" per tile: of it, or the difference of two."""
     tpu_plan = importlib.import_module("pallas_kernels.decode_attention.tpu_plan")  # as `api` imports kernels
 
+    count = joined.heads_to_join(shape.channels)
+
     def tiles(tokens: int) -> int:
-        k, v, _ = problem(storage, tokens, shape)
-        plan = tpu_plan.make_plan(k, v, shape.group, on.kernel_chip)
-        return plan.chunk_blocks * plan.tokens // TILE
+        k, v, _ = problem(storage, tokens, shape, on)
+        plan = tpu_plan.make_plan(k, v, count * heads.padded_group(shape.group, count), on.kernel_chip)
+        return count * plan.chunk_blocks * plan.tokens // TILE
 
     many = tiles(LONG)
     whole = kernel.step["bundles"] / many
     if not marginal:
         return whole, {unit: slots / many for unit, slots in kernel.step.items()}
-    tokens = 2 * many * TILE  # of a context shorter than four steps, a step is a quarter
+    tokens = 2 * many // count * TILE  # of a context shorter than four steps, a step is a quarter
     few = tiles(tokens)
     if few >= many:
         raise ValueError(f"a step over {tokens} tokens is no smaller than one over {LONG}")

@@ -8,7 +8,6 @@ import pytest
 
 from pallas_kernels import deviceless
 from pallas_kernels.decode_attention import budget
-from pallas_kernels.decode_attention.specs import STORAGES
 
 # Written by `python scripts/kernel_budget.py --chips v5e,v5p,v6e,7x,h100 --json tests/compile/budget.json`.
 BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text(encoding="utf-8"))
@@ -20,17 +19,17 @@ SPILLS = {"tpu": 8, "cuda": 256}  # what is left: instructions, and bytes of kiv
 CHIPS = [chip for chip in deviceless.CHIPS if chip != "h200"]  # the code of an h100
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("case", budget.CASES)
 @pytest.mark.parametrize("chip", CHIPS)
-def test_a_kernel_compiles_within_its_budget(on, chip, storage):
-    target = on(chip)
+def test_a_kernel_compiles_within_its_budget(on, chip, case):
+    target, (storage, shape) = on(chip), budget.CASES[case]
     pytest.importorskip(f"pallas_kernels.decode_attention.{budget.implementation(chip)}")
-    committed = COMMITTED.get((chip, storage))
+    committed = COMMITTED.get((chip, case))
     if committed is None:
         with pytest.raises(NotImplementedError):
-            budget.cost(storage, target, marginal=False)
-        pytest.skip(BUDGET["refused"].get(f"{chip} {storage}", "not in budget.json"))
-    cost = budget.cost(storage, target, marginal=False)
+            budget.cost(storage, target, shape, marginal=False)
+        pytest.skip(BUDGET["refused"].get(f"{chip} {case}", "not in budget.json"))
+    cost = budget.cost(storage, target, shape, marginal=False)
     assert cost.spills <= committed["spills"]
     assert cost.temporary_bytes < TEMPORARIES[target.platform]
     assert cost.padding < 1.01  # T and H of the presets fill whole tiles in memory
@@ -49,7 +48,7 @@ def test_the_budget_lists_every_storage_on_every_chip():
     for name in ("mosaic_tpu", "mosaic_gpu"):
         pytest.importorskip(f"pallas_kernels.decode_attention.{name}")
     listed = {f"{chip} {storage}" for chip, storage in COMMITTED} | set(BUDGET["refused"])
-    assert listed == {f"{chip} {storage}" for chip in CHIPS for storage in STORAGES}
+    assert listed == {f"{chip} {case}" for chip in CHIPS for case in budget.CASES}
     for row in BUDGET["rows"]:
         assert row["spills"] <= SPILLS["cuda" if row["chip"] == "h100" else "tpu"]
 
