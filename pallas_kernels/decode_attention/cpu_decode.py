@@ -33,7 +33,8 @@ def take(x: Format, layer: jax.Array, start: jax.Array, blocks: int) -> Format:
 def decode(x: Format) -> jax.Array:
     """Elements of blocks from `take`, `[B, K, n, T, H]` float32."""
     if isinstance(x, Dense):
-        return floats(x.values, x.dtype)
+        # Without the barrier JAX 0.12 makes float32 first and then orders it by heads, in two passes over the tile.
+        return floats(jax.lax.optimization_barrier(x.values), x.dtype)
     if isinstance(x, Affine):
         return _affine(x)
     if isinstance(x, Codebook):

@@ -1,7 +1,7 @@
 """Decode attention in plain jnp, written for how XLA compiles for CPU (JAX 0.10.2 and 0.12).
 
 A loop over chunks of a few blocks with online softmax: decode the keys of all heads into a float32 tile that stays in
-the core's cache, one product with the queries, softmax, decode the values, one product with the weights. The layer is
+a core's cache, one product with the queries, softmax, decode the values, one product with the weights. The layer is
 indexed in the same slice as the chunk, chunks outside of `[first, last)` are not read, and temporaries do not depend
 on the context. One structure serves all storages; what differs is in `cpu_decode`, except that keys stored before RoPE
 are turned in a pass of their own.
@@ -11,14 +11,21 @@ What decides the speed (AVX-512 machine, JAX 0.10.2 and 0.12, 8 kv heads of 128 
 * The loops that XLA emits must be vectorised along channels: an element costs 0.2 ns then, and 2 ns or more otherwise.
   In one version or the other each of these prevented it: a concatenation of fields, a tile reshaped to one axis, a
   channel axis reversed, 16-bit tiles made from 32-bit words.
-* Tiles in bfloat16 or int8 gained nothing in the products over float32, which keeps the accuracy.
+* A pass that writes a float32 tile takes twice as long where a core's share of it leaves the second-level cache, and
+  every pass that is spread over threads costs some microseconds. So a chunk grows with the number of cores.
+* Tiles in bfloat16 or int8 gained nothing in the products over float32, which keeps the accuracy. Levels in int16, of
+  which twice as many fit a vector, gained in the look-up what the further passes cost.
 * `keys @ queries` takes 0.5 to 0.8 of the time of `queries @ keys^T`.
 * One product over all blocks of a chunk; with a query for each block it takes 1.5 times as long. So a query is turned
   to where the chunk starts, and the keys' table has a row for each token of a chunk.
-* JAX 0.12 runs elementwise loops inside of a while loop on one thread, and only the products on all.
+* Both halves of a key are turned in one pass, which reads the rows of either half in exchanged order. What keeps this
+  from being vectorised: a result reshaped in the same loop (0.10.2), operands sliced at a traced index (0.12).
+* JAX 0.12 runs a while loop without a product in it on one thread.
 """
 
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,9 +33,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.cpu_decode import decode, take
 from pallas_kernels.decode_attention.formats import Format, Partial, Rotation, shape_of
-from pallas_kernels.decode_attention.reference import EMPTY, rotate
+from pallas_kernels.decode_attention.reference import EMPTY
 
-CHUNK_ELEMENTS = 2**18  # decoded at a time, 1 MiB of float32: what stays in a core's second-level cache
+CHUNK_ELEMENTS = 2**17  # decoded at a time by each core, 512 KiB of float32: half of its second-level cache
 
 
 def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
@@ -55,16 +62,22 @@ def decode_attention(
     begin = jnp.where(live, first, N * T).min() // span
     end = (jnp.where(live, last, 0).max() + span - 1) // span
     within = jnp.arange(span, dtype=jnp.int32)
-    turns = None if rotation is None else rotation.angles(rotation.place(within, T))
+    table = None if rotation is None else _halves(*rotation.angles(rotation.place(within, T)))
 
     def body(chunk: jax.Array, part: Partial) -> Partial:
         start = jnp.minimum(chunk * blocks, N - blocks)  # the last chunk may overlap the one before
-        if rotation is None or turns is None:
+        here = chunk < end
+        if rotation is None or table is None:
             scores = _products(q, _stored(decode(take(k, layer, start, blocks))).reshape(B, K, span, H))
         else:
-            to_start = (x[:, None, None] for x in rotation.angles(rotation.position - rotation.place(start * T, T)))
-            keys = _decoded_apart(k, layer, start, blocks, chunk < end)
-            scores = _turned_products(rotate(q, *to_start), keys, *turns)
+            # The slice belongs inside: from copies, the loops reload what is constant along channels and take half as
+            # long again.
+            keys = _apart(here, lambda: decode(take(k, layer, start, blocks))).reshape(B, K, span, 2, H // 2)
+            keys = _apart(here, lambda: _turned(keys, *(x[None, None] for x in table)))
+            to_start = _apart(here, lambda: _halves(*rotation.angles(rotation.position - rotation.place(start * T, T))))
+            cos, sin = (x[:, None, None] for x in to_start)
+            turned = _turned(q.reshape(*q.shape[:-1], 2, H // 2), cos, sin)
+            scores = _products(turned.reshape(q.shape), keys.reshape(B, K, span, H))
         token = (start * T + within)[None, :]
         seen = (token >= jnp.maximum(first, chunk * span)[:, None]) & (token < last[:, None])
         seen = seen[:, None, None]
@@ -79,9 +92,17 @@ def decode_attention(
 
 
 def _blocks_at_a_time(x: Format) -> int:
-    """The largest power of two of blocks within `CHUNK_ELEMENTS` and the capacity, at least 1."""
+    """A power of two of blocks: `CHUNK_ELEMENTS` for each core, but no more than a quarter of the capacity, of which a
+    short context would decode the rest in vain; for one core, if the capacity has them. At least 1."""
     _, B, N, K, T, H = shape_of(x)
-    return 2 ** int(math.log2(max(1, min(CHUNK_ELEMENTS // (B * K * T * H), N))))
+    one = max(1, min(CHUNK_ELEMENTS // (B * K * T * H), N))
+    all_cores = min(_cores() * CHUNK_ELEMENTS // (B * K * T * H), N // 4)
+    return 2 ** int(math.log2(max(one, all_cores)))
+
+
+def _cores() -> int:
+    """Cores that XLA spreads a loop over; beyond 8 a chunk would leave the last cache."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _products(q: jax.Array, keys: jax.Array) -> jax.Array:
@@ -89,30 +110,23 @@ def _products(q: jax.Array, keys: jax.Array) -> jax.Array:
     return jnp.einsum("bkth,bkhg->bktg", keys, q.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
-def _turned_products(q: jax.Array, keys: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Scores `[B, K, G, t]` of q and keys `[B, K, n, T, H]` that the tables `[t, H/2]` turn."""
-    B, K, n, T, H = keys.shape
-    a, b = keys[..., : H // 2], keys[..., H // 2 :]
-    cos, sin = (table.reshape(1, 1, n, T, H // 2) for table in (cos, sin))
-    # The halves stay apart: put together, by any means, they cost three times as much.
-    halves = _stored((a * cos - b * sin, b * cos + a * sin))
-    a, b = (half.reshape(B, K, n * T, H // 2) for half in halves)
-    return _products(q[..., : H // 2], a) + _products(q[..., H // 2 :], b)
+def _halves(cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tables `[..., H/2]` as `_turned` takes them: `[..., 1, H/2]`, `[..., 2, H/2]`."""
+    return cos[..., None, :], jnp.stack([-sin, sin], axis=-2)
 
 
-def _decoded_apart(x: Format, layer: jax.Array, start: jax.Array, blocks: int, true: jax.Array) -> jax.Array:
-    """Decoded blocks that what follows is not fused with; `true` is traced.
+def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """RoPE of `x[..., 2, H/2]`, its halves side by side. One pass, vectorised: whole rows of a half are exchanged."""
+    return x * cos + jax.lax.rev(x, (x.ndim - 2,)) * sin
 
-    Decoding must not be fused into both halves of the rotation. XLA fuses through an optimization barrier in 0.10.2,
-    but not through a condition that it does not know.
+
+def _apart(true: jax.Array, make: Callable[[], Any]) -> Any:
+    """`make()`, with which what follows is not fused; `true` is traced.
+
+    XLA fuses through an optimization barrier in 0.10.2, but not through a condition that it does not know.
     """
-
-    def decoded(_):
-        # The slice belongs inside: from copies, the loops reload what is constant along channels (1.5 times slower).
-        return decode(take(x, layer, start, blocks))
-
-    out = jax.eval_shape(decoded, None)
-    return jax.lax.cond(true, decoded, lambda _: jnp.zeros(out.shape, out.dtype), None)
+    out = jax.eval_shape(make)
+    return jax.lax.cond(true, make, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out))
 
 
 def _stored(x: Any) -> Any:
