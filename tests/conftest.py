@@ -7,6 +7,8 @@
 """
 
 import os
+from importlib.metadata import version
+from pathlib import Path
 
 # Under pytest-xdist one worker is one thread of torch and of the tokenizers, else their pools fight for the
 # cores. XLA's own pool is at least as large as the number of devices; its idle threads sleep.
@@ -16,10 +18,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 
-# Most of the suite's time is XLA compiling small programs once: compile fast, not for speed.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the suite's time is XLA compiling small programs once: compile fast, not for speed. The older emitters of
+# JAX below 0.11 compile twice as fast; later ones do not know the flag.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * version("jax").startswith("0.10."),
+)
 
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -36,3 +45,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("kvjax")
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+    """Forgets compiled programs before a process has Linux's 65,530 memory maps, beyond which XLA aborts it.
+
+    A program over eight devices takes thousands, and a worker of two runs half of the suite.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
