@@ -278,17 +278,17 @@ class _Attention:
             estimate, bits, unit_bits = carry
             at, score = token[..., i], best[..., i]
             found = score > EMPTY
-            stored = words[self.layer, b, jnp.minimum(at // T, words.shape[2] - 1), k, at % T]
-            first = codec.first_planes(stored)
+            block = jnp.minimum(at // T, words.shape[2] - 1)
+            first = codec.first_planes(words, (self.layer, b, block, k), at % T)
             fresh = jnp.clip(at - sealed * T, 0, recent.shape[2] - 1)
             first = jnp.where((at < sealed * T)[..., None], first, recent[b, k, fresh])
             p = jnp.where(found, jnp.exp(score - top) / jnp.maximum(total, 1e-30), 0.0)
             read = (found & self.counted[:, None, None, :, 0]).astype(jnp.float32)
-            row_bytes = 4 * words.shape[-1]
-            units = reads.rows_unit_bits(k * T + at % T, row_bytes)
+            *_, rows, channels = words.shape
+            units = reads.rows_unit_bits(k * rows + at % rows, 4 * channels)
             return (
                 estimate + p[..., None] * codec.first_magnitude(first),
-                bits + (8 * row_bytes * read).sum((1, 2, 3)),
+                bits + (8 * channels * read).sum((1, 2, 3)),
                 unit_bits + (units * read).sum((1, 2, 3)),
             )
 
@@ -329,11 +329,10 @@ class _Attention:
             whole, whole_units = reads.whole_bits(storage, skip=3)
             share = elements / (self.cache.block * shape.kv_heads * shape.head_dim)
             return jnp.stack([elements.sum(1), (share * whole).sum(1), (seen * whole_units).sum(1)], -1)
-        # A head's rows follow those of the head before.
-        level, needed = (x.swapaxes(1, 2).reshape(*tokens.shape, -1) for x in (level, needed))
+        level, needed = (x.swapaxes(1, 2) for x in (level, needed))
         row_bytes = [4 * plane.shape[-1] for plane in storage.planes]
         bits = reads.plane_bits(level, needed.astype(jnp.float32), codec.widths)
-        unit_bits = reads.unit_bits(level, needed > 0, row_bytes)
+        unit_bits = reads.unit_bits(level, needed > 0, row_bytes, codec.rows_together)
         if getattr(self, f"{name}_extent") is None:
             meta_bits, meta_units = reads.whole_bits(dataclasses.replace(storage, planes=()), skip=3)
             bits, unit_bits = bits + seen * meta_bits, unit_bits + seen * meta_units

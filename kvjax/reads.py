@@ -5,7 +5,8 @@ Attention counts, for each query by itself, what a decode step at its position w
     elements    of sealed tokens that it sees, once per kv head
     bits        of the planes that it needs of these elements, of metadata and of estimates
     unit bits   the same in whole units of 64 bytes, what a GPU's memory moves at least: where the bits that one channel
-                or one token has in a plane are fewer, neighbours share a unit, and one that is needed brings the others
+                has in a plane are fewer, neighbours share a unit, and one that is needed brings the others, as tokens
+                bring those that share their words
 
 Prefill with attention "exact" reads a block once for many queries and is not counted.
 """
@@ -22,25 +23,28 @@ FIELDS = ("k_elements", "k_bits", "k_unit_bits", "v_elements", "v_bits", "v_unit
 
 
 def plane_bits(level: jax.Array, needed: jax.Array, widths: Sequence[int]) -> jax.Array:
-    """The sum over rows of their width: `level[..., R]` int, `needed[..., R]` the elements wanted of each row."""
+    """The sum of widths: `level[..., K, R]` int of channels or tokens, `needed[..., K, R]` elements wanted of each."""
     width = jnp.asarray(widths, jnp.float32)[level]
-    return (width * needed).sum(-1)
+    return (width * needed).sum((-2, -1))
 
 
-def unit_bits(level: jax.Array, needed: jax.Array, row_bytes: Sequence[int]) -> jax.Array:
-    """Bits moved when rows are read to their levels, in whole units.
+def unit_bits(level: jax.Array, needed: jax.Array, row_bytes: Sequence[int], together: Sequence[int]) -> jax.Array:
+    """Bits moved when channels or tokens are read to their levels, in whole units.
 
     Args:
-      level: `[..., R]` int, planes to read of each row (a channel's tokens, or a token's channels).
-      needed: `[..., R]` booleans.
-      row_bytes: of one row in each plane; a plane's rows follow each other from the start of a unit on.
+      level: `[..., K, R]` int, planes to read of each channel, or of each token.
+      needed: `[..., K, R]` booleans.
+      row_bytes: of one row of words in each plane; a plane's rows follow each other, head by head, from the start of a
+        unit on.
+      together: how many of the R share a row in each plane: number r lies in row `r % (R / together)`.
     """
-    total = jnp.zeros(level.shape[:-1], jnp.float32)
-    for i, size in enumerate(row_bytes):
-        end = level.shape[-1] * size
+    total = jnp.zeros(level.shape[:-2], jnp.float32)
+    for i, (size, shared) in enumerate(zip(row_bytes, together)):
+        wanted = ((level > i) & needed).reshape(*level.shape[:-1], shared, -1).any(-2)
+        wanted = wanted.astype(jnp.int32).reshape(*level.shape[:-2], -1)
+        end = wanted.shape[-1] * size
         start = np.arange(0, end, UNIT_BYTES)
         first, last = start // size, np.minimum(start + UNIT_BYTES - 1, end - 1) // size
-        wanted = ((level > i) & needed).astype(jnp.int32)
         before = jnp.concatenate([jnp.zeros_like(wanted[..., :1]), jnp.cumsum(wanted, -1)], -1)
         touched = before[..., last + 1] > before[..., first]
         total = total + touched.sum(-1).astype(jnp.float32) * (8 * UNIT_BYTES)

@@ -119,11 +119,15 @@ def by_budget(rule, tau, weight, total, count, errors):
     return level
 
 
-def units(level, row_bits):
-    """Bits of the 64-byte units in which a row to be read lies; a plane's rows follow each other, head by head."""
+def units(level, rows):
+    """Bits of the 64-byte units in which a row to be read lies; a plane's rows follow each other, head by head.
+
+    `level[K, R]`; `rows`: of each plane, how many of the R lie in one row, and its bits.
+    """
     total = 0
-    for plane, bits in enumerate(row_bits):
-        wanted = np.repeat(level > plane, bits // 8)  # by byte
+    for plane, (shared, bits) in enumerate(rows):
+        wanted = (level > plane).reshape(len(level), shared, -1).any(1).ravel()
+        wanted = np.repeat(wanted, bits // 8)  # by byte
         total += 8 * UNIT * sum(wanted[at : at + UNIT].any() for at in range(0, len(wanted), UNIT))
     return total
 
@@ -162,8 +166,10 @@ def oracle(preset, k, v, q, G):
             row = T if name == "k" else H
             for b in range(sealed):
                 counts[i, at + 1] += sum(np.take(side.widths, levels[b][h]).sum() * row for h in range(K))
-                every = np.concatenate([levels[b][h] for h in range(K)])
-                counts[i, at + 2] += units(every, [row * bits for bits in side.plane_bits])
+                every = np.stack([levels[b][h] for h in range(K)])
+                # A channel's words are neighbours; a row of values' words holds tokens from all over the block.
+                rows = [(1, T * bits) if name == "k" else (32 // bits, 32 * H) for bits in side.plane_bits]
+                counts[i, at + 2] += units(every, rows)
             parts = 1 if side is Float16Side else 2
             meta = sum(sides[name][0][h].meta_bits for h in range(K))
             times = 1 if codec.read.scope == "running" and (name == "k" or codec.read.mode == "criterion") else sealed
@@ -218,8 +224,8 @@ def step_levels(preset, sides, k, v, q, G, i, sealed, out, counts):
                     bits = sides["v"][t // T][h].bits[t % T] & 0x7F00 | 0x80
                     o += p_sealed[t] * bits.astype(np.uint16).view(np.float16).astype(float)
                     counts[4] += 8 * H
-                    row = h * T + t % T
-                    counts[5] += 8 * UNIT * ((row * H + H - 1) // UNIT - row * H // UNIT + 1)
+                    row = 4 * H * (h * (T // 4) + t % (T // 4))
+                    counts[5] += 8 * UNIT * ((row + 4 * H - 1) // UNIT - row // UNIT + 1)
             seen = list(start)
             for b in range(sealed):
                 seen += list(scores[b])

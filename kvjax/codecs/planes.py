@@ -9,9 +9,13 @@ What is not read is taken to be in the middle: 1000... (float16) or the mean of 
 A float16 with biased exponent e has an ulp of 2^(max(e, 1) - 25); without its lowest b bits it errs by at most
 2^(max(e, 1) - 25 + b - 1), and an integer code by (2^b - 1)/2 steps.
 
-Keys are read by channel (one level for a channel's tokens of a block), values by token: what is read together lies
-together. Nothing else about them differs from other codecs: `decode` reads everything, and so does attention
-"exact" within a call. The levels are chosen in `kvjax.codecs.align`, read and counted in `kvjax.aligned`.
+The rules decide for keys by channel (one level for a channel's tokens of a block), for values by token. Stored words
+lie along tokens, as all codes of this library do. A channel's are neighbours in keys, so that what the rule wants
+together lies together; values are the rows that `packing` makes, of which one holds a token of each quarter (8 bits) or
+eighth (4 bits) of a block. Words of a token's own would leave three quarters of a TPU's lanes empty, or be lanes, which
+nothing can skip: there values, like keys, are read or not by whole blocks (`kvjax.aligned_blocks`).
+Nothing else about them differs from other codecs: `decode` reads everything, and so does attention "exact" within a
+call. The levels are chosen in `kvjax.codecs.align`, read and counted in `kvjax.aligned`.
 """
 
 import abc
@@ -50,8 +54,8 @@ class PlanesBlock:
     """`x = float16(first << 8 | mid << 4 | last)`; 16 bits per element, and 8/T or 8/H for `top`.
 
     Attributes:
-      planes: first, mid and last, packed uint32 along tokens `[..., K, H, T * b / 32]` or along channels
-        `[..., K, T, H * b / 32]`; before packing uint8 `[..., K, T, H]`.
+      planes: first, mid and last, packed uint32: keys `[..., K, H, T * b / 32]`, values `[..., K, T * b / 32, H]`;
+        before packing uint8 `[..., K, T, H]`.
       top: uint8, the largest biased exponent of each channel `[..., K, H]`, or of each token `[..., K, T]`.
     """
 
@@ -120,27 +124,21 @@ class AlignedCodec(AbstractCodec):
     def keep(self, old: Any, new: Any, kept: jax.Array) -> Any:
         raise NotImplementedError("blocks of codecs over groups of tokens are not mixed")
 
+    @property
+    def rows_together(self) -> tuple[int, ...]:
+        """Channels (keys) or tokens (values) of a block that share a row of words, in each plane."""
+        return tuple(1 if self.along == "tokens" else packing.codes_per_cell(bits) for bits in self.plane_bits)
+
     def _pack_planes(self, planes: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(self._along(p, bits, packing.pack) for p, bits in zip(planes, self.plane_bits, strict=True))
+        words = tuple(packing.pack(p, bits) for p, bits in zip(planes, self.plane_bits, strict=True))
+        return tuple(self._turned(w) for w in words)
 
     def _unpack_planes(self, words: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(self._along(w, bits, packing.unpack) for w, bits in zip(words, self.plane_bits, strict=True))
+        return tuple(packing.unpack(self._turned(w), bits) for w, bits in zip(words, self.plane_bits, strict=True))
 
-    def _along(self, x: jax.Array, bits: int, operation: Any) -> jax.Array:
-        """Packs or unpacks so that the words of a channel, or of a token, are neighbours."""
-        if self.along == "tokens":
-            # Packing goes along axis -2 and unpacked elements are [T, H]; words are [H, words].
-            return (
-                operation(x, bits).swapaxes(-1, -2)
-                if operation is packing.pack
-                else operation(x.swapaxes(-1, -2), bits)
-            )
-        if operation is packing.pack and x.shape[-1] % packing.codes_per_cell(bits):
-            raise ValueError(
-                f"`head_dim={x.shape[-1]}` must be a multiple of {packing.codes_per_cell(bits)} to store values in "
-                f"planes of {bits} bits; use another method for this model's values."
-            )
-        return operation(x.swapaxes(-1, -2), bits).swapaxes(-1, -2)
+    def _turned(self, words: jax.Array) -> jax.Array:
+        """Between rows of words and a channel's words as neighbours, which keys have."""
+        return words.swapaxes(-1, -2) if self.along == "tokens" else words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +180,17 @@ class PlanesCodec(AlignedCodec):
         """|x| of first planes alone, any shape: float32."""
         return jnp.abs(jax.lax.bitcast_convert_type(join((first,), 1), jnp.float16).astype(jnp.float32))
 
-    def first_planes(self, words: jax.Array) -> jax.Array:
-        """The first planes `[..., H]` uint8 of tokens whose packed words `[..., W]` are given; along channels."""
-        return self._along(words[..., None, :], 8, packing.unpack)[..., 0, :]
+    def first_planes(self, words: jax.Array, at: tuple[jax.Array, ...], token: jax.Array) -> jax.Array:
+        """The first planes `[..., H]` uint8 of single tokens of values.
+
+        Args:
+          words: `[..., T / 4, H]`, packed first planes.
+          at: indices `[...]` of blocks in the leading axes of `words`.
+          token: `[...]` in the block.
+        """
+        row, field = token % words.shape[-2], token // words.shape[-2]
+        shift = (8 * field).astype(jnp.uint32)[..., None]
+        return (words[(*at, row)] >> shift).astype(jnp.uint8)
 
     def extent(self, block: PlanesBlock) -> jax.Array:
         return block.top

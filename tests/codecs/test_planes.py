@@ -1,6 +1,5 @@
 """Bit planes: nothing is lost, what is not read errs within its bound, and what float16 cannot hold is counted."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,13 +82,26 @@ def test_what_exceeds_float16_saturates_and_is_counted(codec):
 
 
 @along
-def test_a_channels_or_tokens_words_lie_together(codec):
-    """Packed first planes: bytes of row r hold the elements of row r and of no other."""
+def test_words_lie_along_tokens(codec):
+    """Packed first planes: of keys a channel's words are neighbours, of values a row holds a token of each quarter."""
     x = random_kv(np.random.default_rng(0), 1, 32, 64)
     one = x.copy()
-    one[0, 7, 9] = 3.0
-    rows = np.asarray(codec.encode(x).planes[0] != codec.encode(one).planes[0])[0].any(-1)
-    assert np.flatnonzero(rows).tolist() == [9 if codec is KEYS else 7]
+    one[0, 15, 9] = 3.0
+    words, changed = (np.asarray(codec.encode(x).planes[0])[0] for x in (x, one))
+    assert words.shape == ((64, 8) if codec is KEYS else (8, 64))
+    # Token 15 is the eighth of the second quarter.
+    assert np.argwhere(words ^ changed).tolist() == [[9, 7] if codec is KEYS else [7, 9]]
+    assert ((words ^ changed) & ~np.uint32(0xFF00) == 0).all()
+
+
+def test_a_token_is_found_in_the_packed_words():
+    block = VALUES.quantize(jnp.asarray(random_kv(np.random.default_rng(0), 3, 2, 32, 8)))
+    token = jnp.asarray([0, 15, 31])
+    words = VALUES.pack(block).planes[0]
+    found = VALUES.first_planes(words, (jnp.arange(3), jnp.asarray([1, 0, 1])), token)
+    np.testing.assert_array_equal(
+        found, [block.planes[0][0, 1, 0], block.planes[0][1, 0, 15], block.planes[0][2, 1, 31]]
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -125,7 +137,6 @@ def test_one_range_over_all_heads_bounds_each_head():
         (lambda: IntPlanesCodec(AffineCodec(2, 32, "tokens"), BUDGET), "`bits=2` do not halve"),
         (lambda: IntPlanesCodec(AffineCodec(4, 32, "tokens"), AlignRule()), 'take "worst" or "rms"'),
         (lambda: RotatedCodec(KEYS), "is read by channel"),
-        (lambda: jax.eval_shape(VALUES.encode, jnp.zeros((1, 32, 20))), "`head_dim=20` must be a multiple of 8"),
         (lambda: AlignRule("exact"), "`mode='exact'`"),
         (lambda: AlignRule("rms"), "`budget=None` must be above 0"),
         (lambda: AlignRule("criterion", 0.1), "the criterion has none"),
