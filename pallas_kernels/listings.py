@@ -31,10 +31,12 @@ class Schedule:
       slots: per bundle, slots used by unit: MXU, XLU (shuffles), VALU, EUP (exp, ...), VPOP (results of these), VLOAD,
         VSTORE, SALU (scalars) and, beside the loads and stores, VLOAD:FILL and VSTORE:SPILL.
       loops: outer before inner; the first is over the grid.
+      branches: what is jumped over where a condition does not hold, in order.
     """
 
     slots: tuple[Counts, ...]
     loops: tuple[Loop, ...]
+    branches: tuple[Loop, ...] = ()
 
     @property
     def spills(self) -> int:
@@ -64,6 +66,15 @@ class Schedule:
                 total[unit] += n * used
         return total
 
+    def count(self, loop: Loop, left_out: tuple[Loop, ...] = ()) -> Counts:
+        """Slots used by one iteration of a loop, with "bundles", without some of its parts."""
+        total: Counts = collections.Counter()
+        for i in range(loop.start, loop.stop):
+            if not any(part.start <= i < part.stop for part in left_out):
+                total["bundles"] += 1
+                total.update(self.slots[i])
+        return total
+
 
 def schedule(slots: str, code: str) -> Schedule:
     """A kernel's schedule from libtpu's listings `*-final_hlo-static-per-bundle-utilization` and `*-final_bundles`.
@@ -75,7 +86,7 @@ def schedule(slots: str, code: str) -> Schedule:
     bundles = _bundles(code)
     if len(rows) != len(bundles):
         raise ValueError(f"{len(rows)} rows of slots, but {len(bundles)} bundles of code")
-    return Schedule(tuple(rows), tuple(_tpu_loops(bundles)))
+    return Schedule(tuple(rows), tuple(_tpu_loops(bundles)), tuple(_tpu_branches(bundles)))
 
 
 def _slots(text: str) -> list[Counts]:
@@ -120,6 +131,15 @@ def _tpu_loops(bundles: list[str]) -> list[Loop]:
         own = (i for i in range(start, stop) if not any(a <= i < b for a, b in inner))
         loops.append(Loop(start, stop, _trips("".join(bundles[i] for i in own))))
     return loops
+
+
+def _tpu_branches(bundles: list[str]) -> list[Loop]:
+    """A branch leads forward to where a region starts."""
+    starts = {
+        name: i for i, text in enumerate(bundles) for name in re.findall(r"Start(?:/End empty)? region (\d+)", text)
+    }
+    jumps = ((i, starts.get(name, 0)) for i, text in enumerate(bundles) for name in _BRANCH.findall(text))
+    return [Loop(i + 1, stop, 1) for i, stop in jumps if stop > i]
 
 
 def _trips(body: str) -> int | None:

@@ -52,6 +52,11 @@ def test_a_schedule_counts_inner_loops_as_often_as_they_run():
         "VSTORE": 4, "VLOAD:FILL": 4, "VSTORE:SPILL": 4, "SALU": 6 + 4 * 2,
     }  # fmt: skip
     assert schedule.spills == 2
+    assert schedule.branches == (Loop(7, 7, trips=1),)  # to where region 53 starts: nothing is jumped over
+    assert schedule.count(schedule.loops[1], (Loop(4, 5),)) == {
+        "bundles": 2, "VALU": 3, "MXU": 2, "VLOAD": 1, "EUP": 1, "VLOAD:FILL": 1, "VSTORE": 1, "VSTORE:SPILL": 1,
+        "SALU": 1,
+    }  # fmt: skip
 
 
 def test_a_loop_of_unknown_length_cannot_be_counted():
