@@ -16,6 +16,9 @@ score; the 32 tokens' first planes give the estimate; a second pass reads the va
 and do not end at float16's smallest, and its sum is over sealed tokens.
 
 The queries of a long call choose by themselves, each as a decode step at its position would.
+
+A decode step takes a kernel where there is one (`kvjax.aligned_blocks`), which decides for more at a time: it reads at
+least as much, and its levels are what is counted.
 """
 
 import dataclasses
@@ -25,7 +28,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax import attention, reads
+from kvjax import aligned_blocks, attention, fused, reads, striped
+from kvjax.aligned_blocks import Rows
 from kvjax.aligned_parts import Block, Recent, by_criterion, contract, dot, mix, to_rank
 from kvjax.attention import Mode
 from kvjax.cache import KVCache, Segment
@@ -33,6 +37,8 @@ from kvjax.codecs import align
 from kvjax.codecs.planes import PlanesCodec
 from kvjax.queries import NewTokens, Queries, in_window, rotate_tokens
 from kvjax.softmax import EMPTY, Partial, merge, softmax_part
+from kvjax.targets import split
+from pallas_kernels.decode_attention.formats import Planes
 
 RESIDUES = 32  # tokens of the paper's estimate
 
@@ -46,6 +52,18 @@ def attend(
       everything the queries see, and `[B, n]` float32 what was read, in the order of `reads.FIELDS`.
     """
     return _Attention(cache, segment, layer, qs, new, mode).run()
+
+
+def _own_runs(cache: KVCache, segment: Segment, layer: Any, qs: Queries, known: jax.Array) -> tuple[Partial, jax.Array]:
+    """One query of each row over one device's sealed blocks, by a kernel that there is."""
+    choice = fused.chosen(cache, segment)
+    assert choice is not None
+    name, k, v = choice
+    assert isinstance(k, Planes) and isinstance(v, Planes)
+    position = qs.position[:, 0]
+    rows = Rows(qs.rotated[..., 0, :], *fused.seen(cache, position, striped.Stripe()), position, known[..., 0])
+    part, counts = aligned_blocks.attend(k, v, segment, layer, rows, name, split(cache.target)[1])
+    return Partial(part.acc[..., None, :], part.max[..., None], part.sum[..., None]), counts
 
 
 class _Attention:
@@ -66,6 +84,10 @@ class _Attention:
         if self.mode == "exact":
             part = merge(part, attention.this_call(self.cache, self.qs, self.new))
         part = merge(part, self.recent.exact_part())
+        if self.qs.raw.shape[3] == 1 and fused.chosen(self.cache, self.segment):
+            known = jnp.where(part.sum > 0, part.max + jnp.log(jnp.maximum(part.sum, 1e-30)), EMPTY)
+            sealed, counts = striped.attend_in_part(_own_runs, self.cache, self.segment, self.layer, self.qs, known)
+            return merge(part, sealed), jnp.where(self.counted[:, 0], counts, 0.0)
         self.k_extent = self._running("k", self.k_codec)
         self.v_extent = self._running("v", self.v_codec)
         self.largest = self._largest()

@@ -19,19 +19,29 @@ from kvjax.codecs.identity import DenseBlock, IdentityCodec
 from kvjax.codecs.joined import JoinedCodec, can_join
 from kvjax.codecs.joined import inner as unjoined
 from kvjax.codecs.kvquant import NUQBlock, NUQChannelCodec, NUQTokenCodec
+from kvjax.codecs.planes import AlignedCodec, PlanesBlock, PlanesCodec
 from kvjax.codecs.rotated import RotatedCodec
 from kvjax.model.rope import cos_sin
 from kvjax.striped import Stripe
 from kvjax.targets import split
 from pallas_kernels import joined, packing
 from pallas_kernels.decode_attention import api
-from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, Partial, Planes, Rotation
+from pallas_kernels.decode_attention.formats import (
+    Affine,
+    Codebook,
+    Dense,
+    Format,
+    Partial,
+    Planes,
+    Rotation,
+    shape_of,
+)
 
 # (storage type, platform) -> implementation; the kernel's own `check` has the last word on shapes and chips.
 _KERNELS: dict[str, api.Implementation] = {"cpu": "xla_cpu", "gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 FAST: dict[tuple[type, str], api.Implementation] = {
     (block, platform): name for block in (DenseBlock, AffineBlock, NUQBlock) for platform, name in _KERNELS.items()
-}
+} | {(PlanesBlock, "tpu"): _KERNELS["tpu"]}
 
 
 def kernel_format(codec: AbstractCodec, storage: Any, params: Any, layers: int) -> Format:
@@ -58,6 +68,8 @@ def kernel_format(codec: AbstractCodec, storage: Any, params: Any, layers: int) 
         return Affine(storage.codes, storage.scale, storage.zero, codec.bits, codec.along, codec.meta)
     if isinstance(codec, (NUQChannelCodec, NUQTokenCodec)):
         return _codebook(codec, storage, params, layers)
+    if isinstance(codec, PlanesCodec):
+        return Planes(storage.planes, order="channels" if codec.along == "tokens" else "words")
     raise NotImplementedError(f"no kernel reads {type(storage).__name__}")
 
 
@@ -135,14 +147,27 @@ def _choose(cache: KVCache, segment: Segment, target: str | None = None) -> tupl
     name = FAST.get((type(segment.k), platform))
     if name is None:
         raise NotImplementedError(f"no kernel for {type(segment.k).__name__} on {platform}")
-    if segment.reads is not None:
-        raise NotImplementedError(f"no kernel reads bit planes on {platform}")
     if segment.k_codec.pre_rope and cache.shape.rope.dynamic is not None:
         raise NotImplementedError("dynamic RoPE turns every row by other angles")
     k, v = formats(segment)
     group = cache.shape.q_heads // cache.shape.kv_heads
     api.check(k, v, group, name, chip, segment.k_codec.pre_rope)
+    if isinstance(k, Planes) or isinstance(v, Planes):
+        k, v = _in_runs(cache, name, k, v)
     return name, k, v
+
+
+def _in_runs(cache: KVCache, name: api.Implementation, k: Format, v: Format) -> tuple[Planes, Planes]:
+    """Planes as the kernel takes them together, `[B, U, K]` levels still to be decided (`kvjax.aligned_blocks`)."""
+    if not (isinstance(k, Planes) and isinstance(v, Planes)):
+        raise NotImplementedError("kernels read keys and values in part together, or neither")
+    if {cache.k_window or cache.block, cache.v_window or cache.block} != {cache.block}:
+        raise NotImplementedError(
+            f"windows of {cache.k_window} and {cache.v_window} tokens beside blocks of {cache.block}: a step would see "
+            "recent tokens as stored"
+        )
+    run = api.run(k, name)
+    return dataclasses.replace(k, run=run), dataclasses.replace(v, run=run)
 
 
 def kernel(cache: KVCache, segment: Segment) -> Callable[..., Partial] | None:
@@ -152,11 +177,27 @@ def kernel(cache: KVCache, segment: Segment) -> Callable[..., Partial] | None:
       `(layer, raw, rotated, position, stripe) -> Partial`: raw, rotated `[B, K, G, H]` float32, the queries before and
       after RoPE, times 1/sqrt(H); position `[B]` int32; stripe says which blocks of the context the segment holds.
     """
+    choice = chosen(cache, segment)
+    return None if choice is None else functools.partial(_attend, *choice, cache, segment)
+
+
+def chosen(cache: KVCache, segment: Segment) -> tuple[api.Implementation, Format, Format] | None:
+    """The kernel for the segment on the cache's target, and the keys and values that it reads; None where none does."""
     try:
-        name, k, v = _choose(cache, segment)
+        return _choose(cache, segment)
     except NotImplementedError:
         return None
-    return functools.partial(_attend, name, k, v, cache, segment)
+
+
+def seen(cache: KVCache, position: jax.Array, stripe: Stripe) -> tuple[jax.Array, jax.Array]:
+    """The first sealed token of the stripe that a query at `position[B]` sees, and one past the last: `[B]` int32."""
+    T, window = cache.block, cache.shape.sliding_window
+    last = stripe.among(cache.sealed(cache.length)) * T
+    if window is None:
+        return jnp.zeros_like(last), last
+    oldest = jnp.maximum(position - window + 1 - cache.sinks, 0)
+    block = oldest // T
+    return stripe.among(block) * T + jnp.where(block % stripe.count == stripe.index, oldest % T, 0), last
 
 
 def _attend(
@@ -172,12 +213,7 @@ def _attend(
     stripe: Stripe,
 ) -> Partial:
     shape, T = cache.shape, cache.block
-    last = stripe.among(cache.sealed(cache.length)) * T
-    first = jnp.zeros_like(last)
-    if shape.sliding_window is not None:
-        oldest = jnp.maximum(position - shape.sliding_window + 1 - cache.sinks, 0)
-        block = oldest // T
-        first = stripe.among(block) * T + jnp.where(block % stripe.count == stripe.index, oldest % T, 0)
+    first, last = seen(cache, position, stripe)
     q, rotation = rotated, None
     if segment.k_codec.pre_rope:
         # The factor stands for those of query and key: the kernel's angles only turn.
@@ -220,7 +256,8 @@ def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -
         name = f"layer{'s' * (segment.layers > 1)} {_ranges(segment.layer_ids)}"
         what = f"keys {segment.k_codec.describe()}, values {segment.v_codec.describe()}"
         try:
-            path = f"{implementation(cache, segment, platform)} in decode steps, reference (chunked jnp) in prefill"
+            chosen_name, k, _ = _choose(cache, segment, platform)
+            path = f"{chosen_name} in decode steps{_together(segment, k)}, reference (chunked jnp) in prefill"
         except NotImplementedError as reason:
             path = f"reference (chunked jnp), {reason}"
             slow.append(f"{name}: {reason}")
@@ -228,6 +265,19 @@ def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -
     if strict and slow:
         raise NotImplementedError(f"strict: the reference would run for {'; '.join(slow)}; drop `strict` to allow it.")
     return "\n".join(lines)
+
+
+def _together(segment: Segment, k: Format) -> str:
+    """What is read to one level, where a kernel reads planes; and of which side all of them."""
+    if not isinstance(k, Planes):
+        return ""
+    whole = [
+        name
+        for name, codec in (("keys", segment.k_codec), ("values", segment.v_codec))
+        if isinstance(codec, AlignedCodec) and codec.read.mode == "criterion"
+    ]
+    text = f" (levels by runs of {k.run * shape_of(k)[4]} tokens and kv head"
+    return text + (f"; by the criterion that is all of the {' and '.join(whole)})" if whole else ")")
 
 
 def _ranges(ids: tuple[int, ...]) -> str:

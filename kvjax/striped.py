@@ -61,6 +61,36 @@ def attend(partial: Callable, cache: KVCache, segment: Segment, layer: Any, qs: 
         part = partial(cache, segment, layer, qs, _own_stripe(mesh))
         return _join(part, share) if mesh.shape["seq"] > 1 else part
 
+    out = P("data", "tensor", None, "seq" if share else None)
+    return _over_devices(own, out, cache, segment, layer, qs)
+
+
+def attend_in_part(partial: Callable, cache: KVCache, segment: Segment, layer: Any, qs: Any, known: jax.Array) -> Any:
+    """As `attend`, of storage that is read in part, which `seq` does not split.
+
+    Args:
+      partial: `(cache, segment, layer, qs, known) -> (acc, max, sum), counts`, counts `[B, n]` of one device's heads.
+      known: `[B, K, G, S]`.
+
+    Returns:
+      acc, max and sum, and the counts of all heads.
+    """
+    if cache.mesh is None:
+        return partial(cache, segment, layer, qs, known)
+
+    def own(cache, segment, layer, qs, known):
+        part, counts = partial(cache, segment, layer, qs, known)
+        return part, jax.lax.psum(counts, "tensor")
+
+    heads = P("data", "tensor")
+    return _over_devices(own, (heads, P("data")), cache, segment, layer, qs, (known, heads))
+
+
+def _over_devices(
+    own: Callable, out: Any, cache: KVCache, segment: Segment, layer: Any, qs: Any, *more: tuple[jax.Array, P]
+) -> Any:
+    """`own(cache, segment, layer, qs, ...)` on every device of the mesh, `more` being arrays and their specs."""
+    assert cache.mesh is not None
     blocks = _blocks_only(segment)
     rows = jax.tree.map(lambda _: P("data"), qs)
     whole: KVCache = jax.tree.map(lambda _: P(), _facts(cache))
@@ -70,9 +100,10 @@ def attend(partial: Callable, cache: KVCache, segment: Segment, layer: Any, qs: 
         sharding.segment_specs(blocks, cache.shape.kv_heads),
         P(),
         dataclasses.replace(rows, raw=P("data", "tensor"), rotated=P("data", "tensor")),
+        *(spec for _, spec in more),
     )
-    out = P("data", "tensor", None, "seq" if share else None)
-    return manual(own, mesh, in_specs, out)(_facts(cache), blocks, jnp.asarray(layer, jnp.int32), qs)
+    arrays = (_facts(cache), blocks, jnp.asarray(layer, jnp.int32), qs, *(x for x, _ in more))
+    return manual(own, cache.mesh, in_specs, out)(*arrays)
 
 
 def _join(part: Any, share: bool) -> Any:

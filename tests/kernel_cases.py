@@ -61,11 +61,11 @@ def dequantize(x: formats.Format, layer: int) -> np.ndarray:
 
 
 def planes(x: formats.Planes, layer: int) -> np.ndarray:
-    bits, level = 0, np.asarray(x.levels)[..., None, None]
+    bits, blocks = 0, x.planes[0].shape[2]
+    level = np.repeat(np.asarray(x.levels), x.run, axis=1)[:, :blocks, :, None, None]
     for i, (plane, width, shift) in enumerate(zip(x.planes, (8, 4, 4), (8, 4, 0))):
         words = np.asarray(plane[layer])
         field = unpack(words if x.order == "words" else words.swapaxes(-1, -2), width)
-        field = field.swapaxes(-1, -2) if x.order == "tokens" else field
         bits = bits | np.where(level > i, field, (level == i) << (width - 1)) << shift
     return np.where(level > 0, half(bits.astype(np.uint16)), 0.0)
 

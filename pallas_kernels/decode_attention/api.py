@@ -12,7 +12,7 @@ import jax
 from pallas_kernels.decode_attention import heads, reference
 from pallas_kernels.decode_attention.formats import Format, Partial, Planes, Rotation, describe, joined_heads, shape_of
 
-Implementation = Literal["reference", "xla_cpu", "mosaic_tpu", "tpu_planes", "mosaic_gpu"]
+Implementation = Literal["reference", "xla_cpu", "mosaic_tpu", "mosaic_gpu"]
 
 
 def decode_attention(
@@ -60,6 +60,34 @@ def decode_attention(
     return heads.separate_results(part, joined, group) if joined > 1 else part
 
 
+def attend_in_part(
+    q: jax.Array,
+    k: Planes,
+    v: Planes,
+    *,
+    layer: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    implementation: Implementation = "reference",
+    chip: str = "",
+    interpret: object = False,
+) -> tuple[Partial, jax.Array]:
+    """As `decode_attention`, over storage that is read in part.
+
+    Returns:
+      The attention, and the levels `[B, U, K]` int32 to which values were read: 0 where no token of a run is seen.
+    """
+    check(k, v, q.shape[2], implementation, chip, False)
+    if implementation == "reference":
+        return reference.attend_in_part(q, k, v, layer, first, last)
+    return _module(implementation).attend_in_part(q, k, v, layer, first, last, chip=chip, interpret=interpret)
+
+
+def run(k: Format, implementation: Implementation) -> int:
+    """Blocks of storage that the implementation reads to one level."""
+    return 1 if implementation == "reference" else _module(implementation).run(k)
+
+
 def check(k: Format, v: Format, group: int, implementation: Implementation, chip: str, rotates: bool) -> None:
     """Raises NotImplementedError, in words, where the implementation does not do this; looks at shapes only.
 
@@ -75,10 +103,11 @@ def check(k: Format, v: Format, group: int, implementation: Implementation, chip
         raise ValueError("`v` has another number of heads side by side than `k`; they must agree.")
     if implementation == "reference":
         return
+    module = _module(implementation)
     for fmt in (k, v):
-        if isinstance(fmt, Planes) != (implementation == "tpu_planes"):
+        if isinstance(fmt, Planes) and not hasattr(module, "attend_in_part"):
             raise NotImplementedError(f"{implementation} does not read {describe(fmt)}")
-    _module(implementation).check(k, v, group, chip, rotates)
+    module.check(k, v, group, chip, rotates)
 
 
 def _module(implementation: str):

@@ -105,26 +105,27 @@ class Planes:
     """float16 in planes of 8, 4 and 4 bits, read to a level: `x = float16(first << 8 | mid << 4 | last)`.
 
     What is not read is filled with 1000...; at level 0 nothing is read and x counts as 0 (AlignedKV, arXiv 2409.16546).
-    A query says how much it needs of each block and kv head: either by `levels`, or (values) by `limits` on its
+    A query says how much it needs of each run of blocks and kv head: either by `levels`, or (values) by `limits` on its
     probability, which the kernel learns on the way. A kernel reads at least that much, and may read more.
 
     Attributes:
-      planes: first, mid and last, packed uint32 with b = 8, 4 and 4, in one of three orders.
-      levels: `[B, N, K]` int32, planes to read, 0 to 3; None where `limits` decide.
-      limits: `[3, B, N, K]` float32, ascending: the level is the number of limits that are below
-        `score - log(sum of exp(score) over all tokens)`, largest over the block's tokens and the group's query heads.
+      planes: first, mid and last, packed uint32 along tokens, b = 8, 4 and 4 bits, in one of two orders.
+      levels: `[B, U, K]` int32, planes to read, 0 to 3; None where `limits` decide.
+      limits: `[3, B, U, K]` float32, ascending: the level is the number of limits that are below
+        `score - log(sum of exp(score) over all tokens)`, largest over the run's tokens and the group's query heads.
       known: `[B, K, G]` float32, the log-sum-exp of scores of other tokens that this attention will be merged with
         (-1e30: none); with `limits` only.
-      order: static. "words": `[L, B, N, K, T * b / 32, H]` along tokens, as all codes are. The others keep together
-        what a finer decision would read: "channels" `[L, B, N, K, H, T * b / 32]`, the words of a channel are
-        neighbours, "tokens" `[L, B, N, K, T, H * b / 32]`, those of a token.
+      run: blocks that share a level, as `api.run` says; static. U = N / run, rounded up: the last run may be shorter.
+      order: static. "words": `[L, B, N, K, T * b / 32, H]`, as all codes are. "channels": the words of a channel are
+        neighbours, `[L, B, N, K, H, T * b / 32]`.
     """
 
     planes: tuple[Leaf, ...]
-    levels: Leaf
+    levels: Leaf = None
     limits: Leaf = None
     known: Leaf = None
-    order: Literal["words", "channels", "tokens"] = dataclasses.field(default="words", metadata={"static": True})
+    run: int = dataclasses.field(default=1, metadata={"static": True})
+    order: Literal["words", "channels"] = dataclasses.field(default="words", metadata={"static": True})
 
 
 Format = Dense | Affine | Codebook | Planes
@@ -178,8 +179,7 @@ def shape_of(fmt: Format) -> tuple[int, int, int, int, int, int]:
         return fmt.values.shape
     if isinstance(fmt, Planes):
         *lead, rows, columns = fmt.planes[0].shape
-        size = {"words": (4 * rows, columns), "channels": (4 * columns, rows), "tokens": (rows, 4 * columns)}
-        return (*lead, *size[fmt.order])
+        return (*lead, 4 * rows, columns) if fmt.order == "words" else (*lead, 4 * columns, rows)
     *lead, words, channels = fmt.codes.shape
     return (*lead, words * 32 // fmt.bits, channels)
 

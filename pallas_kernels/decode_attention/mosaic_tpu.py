@@ -1,4 +1,4 @@
-"""TPU: one Pallas kernel (`tpu_skeleton`) and a decoder per storage.
+"""TPU: one Pallas kernel (`tpu_skeleton`) and a decoder per storage, and one that reads planes in part (`tpu_planes`).
 
 Known limits, as seen with the TPU compiler at 1M tokens: the kernel reads codes with channels on lanes. XLA puts the
 blocks there where channels would not fill them, and would copy the cache for every call: packed codes of heads of 64
@@ -13,12 +13,14 @@ from typing import Any
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.decode_attention import tpu_planes
 from pallas_kernels.decode_attention.formats import (
     Affine,
     Codebook,
     Dense,
     Format,
     Partial,
+    Planes,
     Rotation,
     describe,
     joined_heads,
@@ -57,12 +59,14 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
         group = joined * padded_group(group, joined)
     if group > MOST_QUERIES:
         raise NotImplementedError(f"the TPU kernel takes up to {MOST_QUERIES} queries per kv head, not {group}.")
+    if isinstance(k, Planes) or isinstance(v, Planes):
+        tpu_planes.check(k, v, rotates)
     for name, x in (("keys", k), ("values", v)):
         if isinstance(x, Affine):
             _check_affine(name, x)
         elif isinstance(x, Codebook):
             check_codebook(x)
-        elif not isinstance(x, Dense):
+        elif not isinstance(x, (Dense, Planes)):
             raise NotImplementedError(f"the TPU kernel has no decoder for {name} as {describe(x)}.")
         if not isinstance(x, Dense) and channels % LANES:
             raise NotImplementedError(
@@ -109,12 +113,18 @@ def decode_attention(
     interpret: Any = False,
 ) -> Partial:
     """As `api.decode_attention`."""
+    if isinstance(k, Planes) and isinstance(v, Planes):
+        return attend_in_part(q, k, v, layer, first, last, chip=chip, interpret=interpret)[0]
     views = not isinstance(interpret, pltpu.InterpretParams)
     plan = dataclasses.replace(make_plan(k, v, q.shape[2], chip), views=views)
     key_plan, value_plan = (_unrolled(plan, name, x, chip) for name, x in (("keys", k), ("values", v)))
     keys: Any = CodebookKeys(k, key_plan, rotation, first) if isinstance(k, Codebook) else KEYS[type(k)](k, key_plan)
     values = VALUES[type(v)](v, value_plan)
     return decode(q, keys, values, plan, layer, first, last, interpret)
+
+
+attend_in_part = tpu_planes.attend_in_part
+run = tpu_planes.run
 
 
 def _unrolled(plan: Plan, name: str, x: Format, chip: str) -> Plan:

@@ -21,6 +21,31 @@ def decode_attention(
     rotation: Rotation | None,
 ) -> Partial:
     """As `api.decode_attention`."""
+    return _attend(q, k, v, layer, first, last, rotation)[0]
+
+
+def attend_in_part(
+    q: jax.Array, k: Planes, v: Planes, layer: jax.Array, first: jax.Array, last: jax.Array
+) -> tuple[Partial, jax.Array]:
+    """As `api.attend_in_part`."""
+    partial, read = _attend(q, k, v, layer, first, last, None)
+    assert isinstance(read, Planes)
+    size = shape_of(k)[4] * v.run
+    start = jnp.arange(read.levels.shape[1], dtype=jnp.int32)[None] * size
+    seen = (start < last[:, None]) & (start + size > first[:, None]) & (first < last)[:, None]
+    return partial, jnp.where(seen[..., None], read.levels, 0)
+
+
+def _attend(
+    q: jax.Array,
+    k: Format,
+    v: Format,
+    layer: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    rotation: Rotation | None,
+) -> tuple[Partial, Format]:
+    """The attention, and the values with the levels that their limits come to."""
     _, batch, blocks, heads, tokens, channels = shape_of(k)
 
     def whole(x: Format) -> jax.Array:
@@ -40,18 +65,19 @@ def decode_attention(
     total = p.sum(-1)
     if isinstance(v, Planes) and v.levels is None:
         v = dataclasses.replace(v, levels=levels_within(v, scores, top + jnp.log(total)))
-    return Partial(jnp.einsum("bkgt,bkth->bkgh", p, whole(v), precision="highest"), top, total)
+    return Partial(jnp.einsum("bkgt,bkth->bkgh", p, whole(v), precision="highest"), top, total), v
 
 
 def levels_within(v: Planes, scores: jax.Array, log_sum: jax.Array) -> jax.Array:
-    """Levels `[B, N, K]` of values by their limits.
+    """Levels `[B, U, K]` of values by their limits.
 
     Args:
       scores: `[B, K, G, N * T]`, -1e30 where a token is not seen.
       log_sum: `[B, K, G]` of the exponentials of all scores.
     """
-    blocks = v.limits.shape[2]
-    largest = scores.reshape(*scores.shape[:-1], blocks, -1).max(-1)
+    runs, size = v.limits.shape[2], v.run * shape_of(v)[4]
+    scores = jnp.pad(scores, [(0, 0)] * 3 + [(0, runs * size - scores.shape[-1])], constant_values=EMPTY)
+    largest = scores.reshape(*scores.shape[:-1], runs, size).max(-1)
     if v.known is not None:
         log_sum = jnp.logaddexp(log_sum, v.known)
     largest = (largest - log_sum[..., None]).max(2).swapaxes(1, 2)
@@ -99,16 +125,12 @@ def dequantize(x: Format, layer: jax.Array) -> jax.Array:
 
 
 def _planes(x: Planes, layer: jax.Array) -> jax.Array:
-    """float16 of which each block's first planes are read, the rest filled with 1000..."""
+    """float16 of which each run's first planes are read, the rest filled with 1000..."""
     bits = jnp.zeros((), jnp.uint16)
-    level = x.levels[..., None, None]
+    level = jnp.repeat(x.levels, x.run, axis=1)[:, : shape_of(x)[2], :, None, None]
     for i, (plane, width, shift) in enumerate(zip(x.planes, (8, 4, 4), (8, 4, 0), strict=True)):
         words = plane[layer]
-        if x.order == "words":
-            field = packing.unpack(words, width)
-        else:
-            field = packing.unpack(words.swapaxes(-1, -2), width)
-            field = field if x.order == "channels" else field.swapaxes(-1, -2)
+        field = packing.unpack(words if x.order == "words" else words.swapaxes(-1, -2), width)
         fill = jnp.where(level == i, jnp.uint16(1 << (width - 1)), jnp.uint16(0))
         bits = bits | jnp.where(level > i, field.astype(jnp.uint16), fill) << shift
     return jnp.where(level > 0, float16(bits), 0.0)

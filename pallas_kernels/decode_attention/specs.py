@@ -54,11 +54,11 @@ STORAGES = {
     "kvquant2-dense": Storage("codebook2", "codebook2-token", pre_rope=True),
 }
 
-# Bit planes that are read in part have kernels of their own.
-PLANES = {
-    "alignedkv": Storage("planes", "planes"),
-    "alignedkv-stored": Storage("planes-channels", "planes-tokens"),
-}
+# Bit planes that are read in part: kernels are told how much of each run of blocks.
+PLANES = {"alignedkv": Storage("planes-channels", "planes")}
+
+# What is counted of it: planes of keys and of values that every run is read to, by their bits.
+PLANES_READ = {"alignedkv-16": (3, 3), "alignedkv-12": (2, 2), "alignedkv-8": (1, 1), "alignedkv-8-0": (1, 0)}
 
 # Two rows: `lengths` in tokens of the storage, as the name says ("full": all of it). T = 128.
 LENGTHS = {"0,1": (0, 1), "T-1,T": (127, 128), "T+1,full": (129, None), "full,0": (None, 0)}
@@ -118,23 +118,15 @@ def make(kind: str, shape: Shape, rng: np.random.Generator) -> Format:
     return Codebook(words, levels, scale, zero, channel, residual, bits, "token" if "token" in rest else "channel")
 
 
-_ORDERS: dict[str, Literal["words", "channels", "tokens"]] = {
-    "planes": "words",
-    "planes-channels": "channels",
-    "planes-tokens": "tokens",
-}
-
-
 def _planes(kind: str, shape: Shape, rng: np.random.Generator) -> Planes:
-    """Random float16 in planes, of which subnormal numbers are one in fifty; levels from 1 to 3."""
-    order = _ORDERS[kind]
+    """Random float16 in planes, of which subnormal numbers are one in fifty; levels from 1 to 3, by blocks."""
+    order: Literal["words", "channels"] = "channels" if kind == "planes-channels" else "words"
     lead, T, H = (shape.layers, shape.batch, shape.blocks, shape.heads), shape.tokens, shape.channels
     x = rng.standard_normal((*lead, T, H))
     bits = _half(np.where(rng.random(x.shape) < 0.02, x * 2.0**-15, x))
     planes = []
     for width, shift in ((8, 8), (4, 4), (4, 0)):
-        plane = (bits >> shift) & (2**width - 1)
-        plane = np.asarray(packing.pack(plane if order != "tokens" else plane.swapaxes(-1, -2), width))
+        plane = np.asarray(packing.pack((bits >> shift) & (2**width - 1), width))
         planes.append(plane if order == "words" else plane.swapaxes(-1, -2))
     levels = rng.integers(1, 4, (shape.batch, shape.blocks, shape.heads)).astype(np.int32)
     return Planes(tuple(planes), levels, order=order)

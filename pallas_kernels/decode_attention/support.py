@@ -12,13 +12,13 @@ CHIPS: dict[str, tuple[api.Implementation, str]] = {
     "H100, H200": ("mosaic_gpu", "sm_90"),
 }
 
-
+ALL = specs.STORAGES | specs.PLANES
 SHAPE = specs.Shape(layers=2, batch=1, blocks=4, heads=8, group=4, channels=128)  # Llama-3-8B
 
 
 def why_not(storage: str, column: str, shape: specs.Shape = SHAPE) -> str | None:
-    """The reason why a storage of `specs.STORAGES` is not fused in a column; None where it is."""
-    kinds = specs.STORAGES[storage]
+    """The reason why a storage is not fused in a column; None where it is."""
+    kinds = ALL[storage]
     implementation, chip = CHIPS[column]
     if implementation == "mosaic_tpu":
         shape = specs.in_tpu_blocks(kinds, shape)
@@ -34,7 +34,7 @@ def markdown(shape: specs.Shape = SHAPE) -> str:
     """The matrix as a table: "fused", or the reason as a note below it."""
     notes: list[str] = []
     lines = ["| storage | " + " | ".join(CHIPS) + " |", "|---" * (len(CHIPS) + 1) + "|"]
-    for storage in specs.STORAGES:
+    for storage in ALL:
         cells = []
         for column in CHIPS:
             reason = why_not(storage, column, shape)

@@ -1,12 +1,12 @@
 """Decode attention on TPU over float16 in bit planes, which does not read the planes that a query does not need.
 
-A unit of 512 or 1024 tokens of one kv head is read to one level, the highest that its blocks want; the kernel is in
-`tpu_planes_kernel`, what happens around it here.
+A unit of 512 or 1024 tokens of one kv head is read to one level; the kernel is in `tpu_planes_kernel`, what happens
+around it here.
 
 Why words along tokens, channels on lanes. The TPU's memory is tiled by 8 x 128. An array whose last axis is a channel's
 32 words (T = 128), or a token's 32 (H = 128), takes 4 times its bytes there, 8 times in the 4-bit planes, unless XLA
-exchanges its last two axes. It does: for keys so stored (order "channels", T = 128 or 256, H = 128) that is the very
-layout wanted here, and `swapaxes` costs nothing. But then a channel, or a token, is a lane, and a lane cannot be
+exchanges its last two axes. It does: for keys so stored (order "channels", T = 128 or 256, H = 128 or 256) that is the
+very layout wanted here, and `swapaxes` costs nothing. But then a channel, or a token, is a lane, and a lane cannot be
 skipped; a block can.
 """
 
@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention import tpu_planes_kernel
-from pallas_kernels.decode_attention.formats import Format, Partial, Planes, Rotation, shape_of
+from pallas_kernels.decode_attention.formats import Format, Partial, Planes, shape_of
 
 UNIT_TOKENS = 512, 1024  # short contexts, and from LONG tokens on; the latter costs less per token
 LONG = 32768
@@ -28,47 +28,30 @@ CHUNK_BYTES = 2**20  # of keys, or of values; four such are held
 _LANES = 128
 
 
-def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
+def check(k: Format, v: Format, rotates: bool) -> None:
     """Raises NotImplementedError for what this kernel does not do."""
     if not (isinstance(k, Planes) and isinstance(v, Planes)):
         raise NotImplementedError("keys and values must both be stored in float16 planes.")
     if rotates:
         raise NotImplementedError("planes are stored after RoPE.")
-    if k.levels is None:
+    if k.limits is not None:
         raise NotImplementedError("keys are read by `levels`; `limits` are on probabilities, for values.")
-    if k.order == "tokens" or v.order != "words":
+    if (k.order, v.order) != ("channels", "words"):
         raise NotImplementedError(
-            f'keys in order "{k.order}" and values in "{v.order}": on TPU tokens\' words cannot be neighbours '
-            '(a vector register has 128 lanes, a token fewer words); store values in order "words".'
+            f'keys in order "{k.order}" and values in "{v.order}"; done are keys in "channels", values in "words".'
         )
     tokens, channels = shape_of(k)[4:]
-    if tokens not in (128, 256, 512):
-        raise NotImplementedError(f"blocks of {tokens} tokens; 128, 256 and 512 are done.")
-    if k.order == "channels" and (tokens > 256 or channels != 128):
+    if tokens not in (128, 256) or channels % _LANES:
         raise NotImplementedError(
-            f'keys in order "channels" with {tokens} tokens and {channels} channels would be copied whole in each '
-            "step; XLA lays them out as this kernel reads them with 128 or 256 tokens and 128 channels."
+            f"planes of {tokens} tokens and {channels} channels would be copied whole in each step; XLA lays them out "
+            "as this kernel reads them with 128 or 256 tokens and whole rows of 128 channels."
         )
-    if channels not in (64, 96, 128, 256):
-        raise NotImplementedError(f"head size {channels}; 64, 96, 128 and 256 are done.")
-    if group > 16:
-        raise NotImplementedError(f"{group} query heads per kv head; up to 16 are done.")
 
 
-def decode_attention(
-    q: jax.Array,
-    k: Planes,
-    v: Planes,
-    layer: jax.Array,
-    first: jax.Array,
-    last: jax.Array,
-    rotation: Rotation | None,
-    *,
-    chip: str = "",
-    interpret: Any = False,
-) -> Partial:
-    """As `api.decode_attention`."""
-    return attend(q, k, v, layer, first, last, chip=chip, interpret=interpret)[0]
+def run(k: Format) -> int:
+    """Blocks that are read to one level."""
+    *_, blocks, _, tokens, channels = shape_of(k)
+    return units(tokens, blocks, channels)[0]
 
 
 def units(tokens: int, blocks: int, channels: int) -> tuple[int, int, int]:
@@ -78,11 +61,11 @@ def units(tokens: int, blocks: int, channels: int) -> tuple[int, int, int]:
     """
     size = min(UNIT_TOKENS[blocks * tokens >= LONG] // tokens, blocks)
     count = -(-blocks // size)
-    fit = CHUNK_BYTES // (2 * size * tokens * max(channels, _LANES))
+    fit = CHUNK_BYTES // (2 * size * tokens * channels)
     return size, count, max(1, min(CHUNK_UNITS, count // 4, fit))
 
 
-def attend(
+def attend_in_part(
     q: jax.Array,
     k: Planes,
     v: Planes,
@@ -93,26 +76,22 @@ def attend(
     chip: str = "",
     interpret: Any = False,
 ) -> tuple[Partial, jax.Array]:
-    """The attention, and the levels `[B, K, units]` int32 to which values were read (0 outside of the tokens seen)."""
+    """As `api.attend_in_part`."""
     _, B, N, K, T, H = shape_of(k)
     G = q.shape[2]
     rows = -(-G // 8) * 8
     size, count, per_chunk = units(T, N, H)
+    if not k.run == v.run == size:
+        raise ValueError(f"`run={k.run}` of `k` and {v.run} of `v` must be the {size} blocks that are read together.")
     padded = -(-count // per_chunk) * per_chunk
 
-    def per_unit(x: jax.Array, fold: Any, least: Any) -> jax.Array:
-        """Rules `[R, B, N, K]` by blocks to `[B, K, R, padded]` by units, the most demanding block's of each."""
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, padded * size - N), (0, 0)), constant_values=least)
-        # Not a reshape to `[..., units, size, K]`: on TPU it would be a temporary of 16 times the size.
-        x = jax.lax.reduce_window(x, jnp.asarray(least, x.dtype), fold, (1, 1, size, 1), (1, 1, size, 1), "VALID")
-        return x.transpose(1, 3, 0, 2)
+    def per_unit(x: jax.Array, least: Any) -> jax.Array:
+        """Rules `[R, B, U, K]` to `[B, K, R, padded]`."""
+        return jnp.pad(x.transpose(1, 3, 0, 2), ((0, 0), (0, 0), (0, 0), (0, padded - count)), constant_values=least)
 
-    key_levels = per_unit(k.levels[None], jax.lax.max, 0)
+    key_levels = per_unit(k.levels[None], 0)
     online = v.levels is None
-    if online:
-        value_rule = per_unit(v.limits, jax.lax.min, jnp.inf)
-    else:
-        value_rule = per_unit(v.levels[None], jax.lax.max, 0)
+    value_rule = per_unit(v.limits, jnp.inf) if online else per_unit(v.levels[None], 0)
     known = jnp.full((B, K, G), tpu_planes_kernel.EMPTY, jnp.float32) if v.known is None else v.known
     # Rows that pad the group must not ask for anything.
     known = jnp.pad(known, ((0, 0), (0, 0), (0, rows - G)), constant_values=-tpu_planes_kernel.EMPTY)
@@ -121,7 +100,7 @@ def attend(
     # reduce_precision, for XLA may take a conversion to bfloat16 and back for nothing.
     high = jax.lax.reduce_precision(q, 8, 7)
     q = jnp.concatenate([high, q - high], axis=2).astype(jnp.bfloat16)
-    k_planes = tuple(p.swapaxes(-1, -2) for p in k.planes) if k.order == "channels" else k.planes
+    k_planes = tuple(p.swapaxes(-1, -2) for p in k.planes)
 
     def mine(*shape: int, space: Any = pltpu.VMEM) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, *shape), lambda b, h, *_: (b, h, 0, 0), memory_space=space)
@@ -168,4 +147,4 @@ def attend(
         *(x.astype(jnp.int32).reshape(-1) for x in (layer, first, last)),
         *(key_levels, value_rule, q, known, *k_planes, *v.planes),
     )
-    return Partial(acc[:, :, :G], top[:, :, :G, 0], total[:, :, :G, 0]), read[:, :, 0, :count]
+    return Partial(acc[:, :, :G], top[:, :, :G, 0], total[:, :, :G, 0]), read[:, :, 0, :count].swapaxes(1, 2)

@@ -21,7 +21,7 @@ CONTEXT = 131072
 CONFIG = ModelConfig(layers=32, width=4096, mlp_width=14336, q_heads=32, kv_heads=8, head_dim=128, vocab=128256)
 TARGETS = {"v5p": "tpu:v5p", "h100": "gpu:sm_90"}
 # One preset of each kind of storage, and two segments; all that a preset adds to these is other bits.
-PRESETS = ("bf16", "int4", "kivi2", "kvquant3", "asymkv-16-0")
+PRESETS = ("bf16", "int4", "kivi2", "kvquant3", "asymkv-16-0", "alignedkv-budget")
 
 
 SMALL_HEADS = {

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import packing
-from pallas_kernels.decode_attention import api, reference, specs, tpu_planes, tpu_planes_unpack
+from pallas_kernels.decode_attention import mosaic_tpu, reference, specs, tpu_planes, tpu_planes_unpack
 
 
 @pytest.fixture(autouse=True)
@@ -20,26 +20,24 @@ def small_units(monkeypatch):
     monkeypatch.setattr(tpu_planes, "UNIT_TOKENS", (256, 256))
 
 
-def as_read(x, levels):
-    """Storage whose blocks have the levels `[B, K, units]` of their units."""
-    N = x.planes[0].shape[2]
-    size = tpu_planes.units(128, N, 128)[0]
-    return dataclasses.replace(x, levels=np.repeat(np.asarray(levels), size, axis=2)[:, :, :N].swapaxes(1, 2))
+def in_runs(x):
+    """Storage with one level per run, the highest of its blocks."""
+    run = tpu_planes.run(x)
+    levels = np.asarray(x.levels)
+    levels = np.pad(levels, ((0, 0), (0, -levels.shape[1] % run), (0, 0)))
+    levels = levels.reshape(levels.shape[0], -1, run, levels.shape[2]).max(2)
+    return dataclasses.replace(x, levels=jnp.asarray(levels), run=run)
 
 
-def unit_levels(x):
-    """Of each unit the highest level of its blocks."""
-    levels = np.asarray(x.levels).swapaxes(1, 2)
-    size, count, _ = tpu_planes.units(128, levels.shape[2], 128)
-    levels = np.pad(levels, ((0, 0), (0, 0), (0, count * size - levels.shape[2])))
-    return levels.reshape(*levels.shape[:2], count, size).max(-1)
+def at(x, levels):
+    return dataclasses.replace(x, levels=levels, limits=None)
 
 
 def oracle(a):
     return kernel_cases.attend(a["q"], a["k"], a["v"], a["layer"], a["first"], a["last"])
 
 
-_attend = jax.jit(tpu_planes.attend, static_argnames=("chip", "interpret"))  # one compilation for several tests
+_attend = jax.jit(tpu_planes.attend_in_part, static_argnames=("chip", "interpret"))  # one compilation for several tests
 
 
 def run(a, chip="v5e", interpret=True):
@@ -47,12 +45,13 @@ def run(a, chip="v5e", interpret=True):
 
 
 def case(shape="gqa4-h128", lengths="full,0", first=0):
-    """A named case whose blocks have their units' levels, some of them 0."""
+    """A named case with levels by runs, some of them 0."""
     arguments, _ = kernel_cases.case("alignedkv", shape, lengths, first)
     for name, every in (("k", 5), ("v", 3)):
-        levels = unit_levels(arguments[name])
+        x = in_runs(arguments[name])
+        levels = np.array(x.levels)
         levels.flat[1::every] = 0
-        arguments = {**arguments, name: as_read(arguments[name], levels)}
+        arguments = {**arguments, name: at(x, jnp.asarray(levels))}
     return arguments
 
 
@@ -84,17 +83,9 @@ def test_kernel_equals_float64_at_the_same_levels(lengths, first):
 
 
 def test_chips_with_bfloat16_arithmetic():
-    a = case("mqa16-h64", "T+1,full")
+    a = case("mqa16-h128", "T+1,full")
     error, log_error = kernel_cases.errors(run(a, "v6e")[0], oracle(a))
     assert error < 5e-5 and log_error < 1e-5
-
-
-def test_keys_as_the_codec_stores_them():
-    a, _ = kernel_cases.case("alignedkv-stored", "mha-h128", "T+1,full")
-    v, _ = kernel_cases.case("alignedkv", "mha-h128", "T+1,full")
-    a = {**a, "k": as_read(a["k"], unit_levels(a["k"])), "v": as_read(v["v"], unit_levels(v["v"]))}
-    error, _ = kernel_cases.errors(api.decode_attention(**a, implementation="tpu_planes", interpret=True), oracle(a))
-    assert error < 5e-5
 
 
 def test_planes_that_are_not_needed_are_not_read():
@@ -103,7 +94,7 @@ def test_planes_that_are_not_needed_are_not_read():
     def poisoned(x):
         planes = []
         for i, plane in enumerate(x.planes):
-            unread = (np.asarray(x.levels) <= i)[None, ..., None, None]
+            unread = np.repeat(np.asarray(x.levels), x.run, 1)[None, :, : plane.shape[2], :, None, None] <= i
             planes.append(jnp.where(unread, jnp.uint32(0xFFFFFFFF), plane))  # NaN, and the largest mantissa
         assert any((p != q).any() for p, q in zip(planes, x.planes))
         return dataclasses.replace(x, planes=tuple(planes))
@@ -116,32 +107,27 @@ def test_planes_that_are_not_needed_are_not_read():
 def test_levels_of_values_follow_their_probabilities(monkeypatch):
     monkeypatch.setattr(tpu_planes, "units", lambda tokens, blocks, channels: (2, -(-blocks // 2), 2))
     a = case("gqa4-h128", "T+1,full")
-    limits = np.sort(np.random.default_rng(1).uniform(-9, -1, (3, 2, 5, 2)).astype(np.float32), axis=0)
+    limits = np.sort(np.random.default_rng(1).uniform(-9, -1, (3, 2, 3, 2)).astype(np.float32), axis=0)
     known = jnp.full((2, 2, 4), 3.0, jnp.float32).at[0].set(-1e30)
     v = dataclasses.replace(a["v"], levels=None, limits=jnp.asarray(limits), known=known)
     partial, read = run({**a, "v": v})
-    error, log_error = kernel_cases.errors(partial, oracle({**a, "v": as_read(v, read)}))
+    error, log_error = kernel_cases.errors(partial, oracle({**a, "v": at(v, read)}))
     assert error < 5e-5 and log_error < 1e-5
     # The reference knows the final probabilities, the kernel bounds them: it may only read more.
-    keys = kernel_cases.dequantize(a["k"], 1).swapaxes(1, 2).reshape(2, 2, -1, 128)
-    token = np.arange(keys.shape[2])
-    seen = (token < np.asarray(a["last"])[:, None])[:, None, None]
-    scores = np.where(seen, np.einsum("bkgh,bkth->bkgt", a["q"], keys), -1e30).astype(np.float32)
-    wanted = reference.levels_within(v, jnp.asarray(scores), jax.nn.logsumexp(scores, axis=-1))
-    wanted = unit_levels(dataclasses.replace(v, levels=wanted))
-    assert (np.asarray(read) >= wanted).all()
-    assert (np.asarray(read)[1] == wanted[1]).mean() > 0.6 and len(np.unique(np.asarray(read))) > 2
-    assert (np.asarray(read)[0, :, 1:] == 0).all()  # beyond the row's 129 tokens
+    wanted = reference.attend_in_part(*(a[n] for n in ("q", "k")), v, a["layer"], a["first"], a["last"])[1]
+    assert (read >= wanted).all()
+    assert (read[1] == wanted[1]).mean() > 0.6 and len(np.unique(read)) > 2
+    assert (read[0, 1:] == 0).all()  # beyond the row's 129 tokens
 
 
-@pytest.mark.parametrize("shape, online", [("mha-h128", False), ("gqa2-h256", True)])
+@pytest.mark.parametrize("shape, online", [("mha-h128", False), ("gqa4-h128", True)])
 def test_without_races(shape, online):
     a = case(shape, "T+1,full")
     if online:
         limits = jnp.stack([jnp.full(a["v"].levels.shape, x, jnp.float32) for x in (-9, -4, -3)])
         a["v"] = dataclasses.replace(a["v"], levels=None, limits=limits)
     partial, read = run(a, interpret=pltpu.InterpretParams(detect_races=True))
-    error, _ = kernel_cases.errors(partial, oracle({**a, "v": as_read(a["v"], read)}))
+    error, _ = kernel_cases.errors(partial, oracle({**a, "v": at(a["v"], read)}))
     assert error < 5e-5
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
@@ -164,14 +150,20 @@ def test_reference_reads_by_limits():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "side, change, message",
     [
-        ({"order": "tokens"}, 'store values in order "words"'),
-        ({"levels": None}, "keys are read by `levels`"),
+        ("k", {"limits": 0.0}, "keys are read by `levels`"),
+        ("v", {"order": "channels"}, 'keys in order "channels" and values in "channels"'),
     ],
 )
-def test_what_is_refused(change, message):
+def test_what_is_refused(side, change, message):
     a = case()
-    k = dataclasses.replace(a["k"], **change)
+    a = {**a, side: dataclasses.replace(a[side], **change)}
     with pytest.raises(NotImplementedError, match=message):
-        tpu_planes.check(k, a["v"], 3, "v5e", False)
+        mosaic_tpu.check(a["k"], a["v"], 3, "v5e", False)
+
+
+def test_runs_are_the_kernels():
+    a = case()
+    with pytest.raises(ValueError, match="`run=2` of `k` and 3 of `v` must be the 2 blocks"):
+        run({**a, "v": dataclasses.replace(a["v"], run=3)})
