@@ -16,22 +16,24 @@ import jax.numpy as jnp
 
 from pallas_kernels import deviceless, joined, listings
 from pallas_kernels.decode_attention import api, heads, mosaic_gpu, specs
-from pallas_kernels.decode_attention.formats import Format
+from pallas_kernels.decode_attention.formats import Format, Planes
 
 # Bytes that HBM delivers per clock of a TensorCore (two of them share a v5p or 7x) or of one of 132 SMs: bandwidth over
 # clock, from the vendors' data sheets.
 BYTES_PER_CLOCK = {"v5e": 546.0, "v5p": 700.0, "v6e": 937.0, "7x": 1700.0, "h100": 14.5, "h200": 20.7}
 TILE = 128
+VECTOR = ("VALU", "XLU", "EUP", "VLOAD", "VSTORE")  # a TPU's units for vector registers
 VREG = 1024  # 32-bit elements of a TPU's vector register
 LANES = 128  # instructions that an SM's four schedulers issue per clock, times 32 lanes
 LONG = 1 << 20
 LLAMA_3_8B = specs.Shape(layers=2, batch=1, blocks=0, heads=8, group=4, channels=128)
 LLAMA_3_2_1B = dataclasses.replace(LLAMA_3_8B, channels=64)
 PHI_3_MINI = dataclasses.replace(LLAMA_3_8B, heads=32, group=1, channels=96)
-# What is counted, by name: a storage of `specs.STORAGES` and a model's shape.
+# What is counted, by name: a storage of `specs.STORAGES`, or what is read of planes, and a model's shape.
 CASES = {storage: (storage, LLAMA_3_8B) for storage in specs.STORAGES}
 CASES |= {"kivi4-h64": ("kivi4", LLAMA_3_2_1B), "kvquant3-h64": ("kvquant3", LLAMA_3_2_1B)}
 CASES |= {"int4-h96": ("int4", PHI_3_MINI)}
+CASES |= {name: (name, LLAMA_3_8B) for name in specs.PLANES_READ}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +128,15 @@ def cost(
     Raises:
       NotImplementedError: where there is no kernel for it.
     """
+    if storage in specs.PLANES_READ:
+        return _planes_cost(storage, on, shape)
     k, v, shape = problem(storage, LONG, shape, on)
     kernel, memory = _sm_90(storage, shape) if on.platform == "cuda" else _compile_long(storage, on, shape)
     elements = 2 * TILE * shape.channels
     if on.platform == "tpu":
         whole, units = _tpu_tile(storage, on, shape, kernel, marginal)
         instructions = units.pop("bundles")
-        vector = sum(units.get(unit, 0.0) for unit in ("VALU", "XLU", "EUP", "VLOAD", "VSTORE"))
+        vector = sum(units.get(unit, 0.0) for unit in VECTOR)
         per_element, spills = vector * VREG / elements, kernel.spills
         facts = {}
     else:
@@ -199,6 +203,68 @@ def _tpu_tile(
         raise ValueError(f"a step over {tokens} tokens is no smaller than one over {LONG}")
     (smaller,) = compile_storage(storage, tokens, on, shape).kernels.values()
     return whole, {unit: (kernel.step[unit] - smaller.step[unit]) / (many - few) for unit in kernel.step}
+
+
+def _planes_cost(storage: str, on: deviceless.Target, shape: specs.Shape) -> Cost:
+    """Of a run read to the levels of `specs.PLANES_READ`; all rows of a chip are paths through one kernel."""
+    tpu_planes = importlib.import_module("pallas_kernels.decode_attention.tpu_planes")
+    kernel, memory, padding = _planes(on, shape)
+    blocks, _, per_chunk = tpu_planes.units(shape.tokens, LONG // shape.tokens, shape.channels)
+    chunk, *sides = kernel.loops[-3:]
+    slots = kernel.count(chunk, tuple(sides))
+    for loop, level in zip(sides, specs.PLANES_READ[storage]):
+        levels = [b for b in kernel.branches if loop.start <= b.start and b.stop <= loop.stop and b.stop - b.start > 32]
+        if len(levels) != 4:
+            raise ValueError(f"the loop at bundle {loop.start:#x} was to have a branch for each of 4 levels")
+        for unit, used in kernel.count(loop, tuple(b for i, b in enumerate(levels) if i != level)).items():
+            slots[unit] += per_chunk * used
+    tiles = per_chunk * blocks * shape.tokens / TILE
+    units = {unit: used / tiles for unit, used in slots.items()}
+    instructions = units.pop("bundles")
+    widths = (0, 8, 12, 16)
+    tile_bytes = sum(widths[level] for level in specs.PLANES_READ[storage]) * TILE * shape.channels / 8
+    vector = sum(units.get(unit, 0.0) for unit in VECTOR)
+    return Cost(
+        storage,
+        on.chip,
+        tile_bytes,
+        tile_bytes / BYTES_PER_CLOCK[on.chip],
+        instructions,
+        instructions,
+        units,
+        vector * VREG / (2 * TILE * shape.channels),
+        kernel.spills,
+        memory.temporary,
+        padding,
+    )
+
+
+@functools.cache
+def _planes(on: deviceless.Target, shape: specs.Shape) -> tuple[listings.Schedule, deviceless.Memory, float]:
+    """The kernel that reads in part, over 1,048,576 tokens, its memory, and bytes on the device over those stored."""
+    shape = dataclasses.replace(shape, blocks=LONG // shape.tokens)
+    kinds = specs.PLANES["alignedkv"]
+    k, v = (specs.abstract(kind, shape) for kind in (kinds.keys, kinds.values))
+    assert isinstance(k, Planes) and isinstance(v, Planes)
+    name = implementation(on.chip)
+    api.check(k, v, shape.group, name, on.kernel_chip, False)
+    run = api.run(k, name)
+    head = (shape.batch, shape.heads, shape.group)
+    rule = (shape.batch, -(-shape.blocks // run), shape.heads)
+    k = dataclasses.replace(k, levels=jax.ShapeDtypeStruct(rule, jnp.int32), run=run)
+    limits, known = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((3, *rule), head))
+    v = dataclasses.replace(v, levels=None, limits=limits, known=known, run=run)
+
+    def attend(q, k, v, layer, first, last):
+        return api.attend_in_part(
+            q, k, v, layer=layer, first=first, last=last, implementation=name, chip=on.kernel_chip
+        )
+
+    row = jax.ShapeDtypeStruct((shape.batch,), jnp.int32)
+    q = jax.ShapeDtypeStruct((*head, shape.channels), jnp.float32)
+    compiled = deviceless.compile(attend, (q, k, v, jax.ShapeDtypeStruct((), jnp.int32), row, row), on)
+    (kernel,) = compiled.kernels.values()
+    return kernel, compiled.memory, compiled.memory.argument / nbytes((k, v))
 
 
 def _gpu_tile(kernel: listings.GpuKernel, k: Format, v: Format, group: int, elements: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels import deviceless
 from pallas_kernels.decode_attention import budget
+from pallas_kernels.decode_attention.specs import PLANES_READ
 
 # Written by `python scripts/kernel_budget.py --chips v5e,v5p,v6e,7x,h100 --json tests/compile/budget.json`.
 BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text(encoding="utf-8"))
@@ -16,6 +17,9 @@ GROWTH = 1.15  # another version of a compiler may schedule a little differently
 # A GPU's splits leave a result each, 66 of them for 8 heads; a TPU's nothing.
 TEMPORARIES = {"tpu": 1 << 20, "cuda": 8 << 20}
 SPILLS = {"tpu": 8, "cuda": 256}  # what is left: instructions, and bytes of kivi2 with the ptxas of NVIDIA's wheel
+# Of planes in the branches of 12 and 16 bits on v6e and 7x; loops over half as many blocks have none, and a fifth more
+# bundles.
+PLANES_SPILLS = 128
 CHIPS = [chip for chip in deviceless.CHIPS if chip != "h200"]  # the code of an h100
 
 
@@ -50,7 +54,8 @@ def test_the_budget_lists_every_storage_on_every_chip():
     listed = {f"{chip} {storage}" for chip, storage in COMMITTED} | set(BUDGET["refused"])
     assert listed == {f"{chip} {case}" for chip in CHIPS for case in budget.CASES}
     for row in BUDGET["rows"]:
-        assert row["spills"] <= SPILLS["cuda" if row["chip"] == "h100" else "tpu"]
+        most = SPILLS["cuda" if row["chip"] == "h100" else "tpu"]
+        assert row["spills"] <= (PLANES_SPILLS if row["storage"] in PLANES_READ else most)
 
 
 def test_an_h200_is_another_gpu_with_the_same_code(on):
