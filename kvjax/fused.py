@@ -107,7 +107,7 @@ def arranged(policy: Any, shape: Any, target: str, mesh: Any) -> Any:
 
     segments = tuple(
         dataclasses.replace(part, k_codec=arrange(part.k_codec), v_codec=arrange(part.v_codec))
-        if all(can_join(codec, heads, shape.head_dim) for codec in (part.k_codec, part.v_codec))
+        if all(can_join(codec) for codec in (part.k_codec, part.v_codec))
         else part
         for part in policy.segments
     )

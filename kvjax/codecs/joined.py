@@ -80,7 +80,7 @@ class JoinedCodec(AbstractCodec):
 
     def join_leaf(self, name: str, x: jax.Array, channels: int) -> jax.Array:
         """One leaf of `join`, heads being of so many channels."""
-        kind = leaf_kinds(self.inner).get(name)
+        kind = self._kind(name, channels)
         if kind == "channels":
             return joined.join(x, self.heads, self.pre_rope)
         if kind == "names":
@@ -90,7 +90,7 @@ class JoinedCodec(AbstractCodec):
 
     def separate_leaf(self, name: str, x: jax.Array, kv_heads: int, channels: int) -> jax.Array:
         """One leaf of `separate`, to so many heads of so many channels."""
-        kind = leaf_kinds(self.inner).get(name)
+        kind = self._kind(name, channels)
         if kind == "channels":
             return joined.separate(x, self.heads, self.pre_rope)
         if kind == "names":
@@ -100,6 +100,11 @@ class JoinedCodec(AbstractCodec):
     def join_constants(self, x: jax.Array) -> jax.Array:
         """Fitted constants per channel `[..., K, 1, H]`, in the order of codes."""
         return joined.join(x, self.heads, self.pre_rope)
+
+    def _kind(self, name: str, channels: int) -> str | None:
+        kind = leaf_kinds(self.inner).get(name)
+        # Slots stay as they are where 8 bits cannot name a channel of a joined head; no kernel reads them then.
+        return None if kind in ("slots", "names") and self.heads * channels > 256 else kind
 
     def _moved(self, block: Any, move: Callable[[str, Any], Any]) -> Any:
         held = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
@@ -134,11 +139,10 @@ def leaf_kinds(codec: AbstractCodec) -> dict[str, str]:
     raise NotImplementedError(f"blocks of {codec.describe()} are not joined")
 
 
-def can_join(codec: AbstractCodec, heads: int, channels: int) -> bool:
-    """Whether so many heads of so many channels may stand side by side."""
+def can_join(codec: AbstractCodec) -> bool:
+    """Whether its heads may stand side by side."""
     try:
         leaf_kinds(codec)
     except NotImplementedError:
         return False
-    slots = getattr(codec, "outliers", 0.0) > 0
-    return not (slots and heads * channels > 256)  # channels of slots are 8 bits
+    return True

@@ -76,7 +76,7 @@ def join_format(x: Format, heads: int, halves: bool = False) -> Format:
         return dataclasses.replace(x, codes=codes, scale=scale, zero=zero, joined=heads)
     scale, zero = (m if x.per == "token" else joined.join(m, heads, halves) for m in (x.scale, x.zero))
     channel, residual = x.slot_channel, x.slot_residual
-    if x.slots:
+    if x.slots and heads * x.codes.shape[-1] <= 256:  # what 8 bits can name
         channel = joined.join_names(channel, heads, x.codes.shape[-1], halves)
         residual = joined.join_rows(residual, heads)
     changes = {"slot_channel": channel, "slot_residual": residual, "joined": heads}

@@ -66,13 +66,21 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
             _check_affine(name, x)
         elif isinstance(x, Codebook):
             check_codebook(x)
+            if channels > 256 and x.slots:
+                raise NotImplementedError(
+                    f"outlier slots name one of 256 channels, and {x.joined} heads side by side have {channels}; use a "
+                    "preset without slots, such as kvquant4-dense."
+                )
         elif not isinstance(x, (Dense, Planes)):
             raise NotImplementedError(f"the TPU kernel has no decoder for {name} as {describe(x)}.")
         if not isinstance(x, Dense) and channels % LANES:
+            heads = heads_to_join(channels)
+            kept = (
+                f"a cache made for a TPU keeps {heads} of them side by side where {heads} divides a device's kv heads."
+            )
             raise NotImplementedError(
                 f"heads of {channels} channels do not fill {LANES} lanes, and XLA would copy the cache on every call; "
-                f"a cache made for a TPU keeps {heads_to_join(channels)} of them side by side where they divide the kv "
-                "heads of a device and outlier slots name up to 256 channels."
+                + ("those of bit planes are not kept side by side." if isinstance(x, Planes) else kept)
             )
     if isinstance(k, Codebook):
         check_codebook_keys(k, rotates)

@@ -11,6 +11,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention import api, specs, tpu_plan
+from pallas_kernels.decode_attention.heads import join_format
 
 OLD, NEW = "v5e", "v6e"  # float32 gathers, and byte gathers
 
@@ -99,5 +100,9 @@ def test_what_is_refused_says_why():
     refuses("use blocks of 256 tokens", "codebook3", True)
     refuses("a scale per channel, not per token", "codebook4-token", False)
     refuses("outlier slots of keys that are stored before RoPE only", "codebook4-s", False)
+    wide = specs.Shape(1, 1, 1, 4, 1, 96)
+    four = [join_format(specs.make(x, wide, rng), 4) for x in ("codebook4-s", "codebook4-token")]
+    with pytest.raises(NotImplementedError, match="slots name one of 256 channels, and 4 heads side by side have 384"):
+        api.check(*four, 1, "mosaic_tpu", "v6e", True)
     for channels in (64, 96):
         refuses(f"heads of {channels} channels do not fill 128 lanes", "codebook4", True, channels)
