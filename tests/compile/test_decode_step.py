@@ -60,7 +60,7 @@ def test_a_decode_step_reads_the_packed_cache_and_nothing_else(on, chip, name):
 
 @pytest.mark.parametrize(
     ("chip", "name", "head_dim"),
-    [("v5p", "int4", 64), ("v5e", "kivi2", 64), ("v6e", "kvquant3", 64), ("v5e", "kivi4", 96)],
+    [("v5p", "int4", 64), ("v6e", "kvquant3", 64), ("v5e", "kivi4", 96)],
 )
 def test_heads_that_do_not_fill_a_register_are_read_as_packed(on, chip, name, head_dim):
     """As they stood, XLA copied the codes on every step: 2 GB at 4 bits for 16 layers of 8 heads of 64."""
