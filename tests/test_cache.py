@@ -301,3 +301,25 @@ def test_a_policy_for_another_shape_is_refused():
         decode.init_cache(SHAPE, make_policy(KVQUANT, 3, K, H), batch=1, capacity=64)
     with pytest.raises(ValueError, match="fitted to 2 kv heads of size 8"):
         decode.init_cache(SHAPE, make_policy(KVQUANT, L, K, 8), batch=1, capacity=64)
+
+
+def test_a_cache_for_tpu_holds_the_same_bits_side_by_side():
+    """Two heads of 64 as one: sealed, cropped inside a block and completed."""
+    shape = dataclasses.replace(SHAPE, head_dim=64, rope=make_rope(64, 2048))
+    k, v = random_kv(np.random.default_rng(0), 2, L, B, 80, K, 64)
+    segments = []
+    for target in ("cpu", "tpu:v5e"):
+        policy = make_policy(KVQUANT, L, K, 64)
+        cache = decode.init_cache(shape, policy, batch=B, capacity=CAPACITY, block=T, target=target)
+        for counts, forgotten in (([80, 70, 31], 20), ([40, 5, 80], 0)):
+            for layer in range(L):
+                cache = decode.append(cache, layer, k[layer], v[layer], np.asarray(counts))
+            cache = decode.advance(cache, np.asarray(counts))
+            cache = decode.crop(cache, cache.length - forgotten)
+        segments.append(cache.segments[0])
+    plain, joined = segments
+    for side in "kv":
+        codec, storage = getattr(joined, f"{side}_codec"), getattr(joined, side)
+        assert storage.codes.shape[3:] == (K // 2, T * 3 // 32, 128)
+        for a, b in zip(jax.tree.leaves(codec.separate(storage)), jax.tree.leaves(getattr(plain, side)), strict=True):
+            np.testing.assert_array_equal(a, b)
