@@ -49,7 +49,8 @@ class Segment:
     """Cache of L layers that share one codec pair.
 
     Attributes:
-      k, v: sealed blocks, every leaf `[L, B, N, K or 1, ...]`.
+      k, v: sealed blocks, every leaf `[L, B, N, K or 1, ...]`; on TPU small heads stand side by side
+        (`kvjax.codecs.joined`).
       k_recent, v_recent: `[L, B, K, R, H]`, tokens not yet sealed, as they came; R is a multiple of T.
       k_sinks, v_sinks: `[L, B, K, s, H]`.
       k_params, v_params: the codecs' fitted constants, leaves `[L, ...]`, or None.
