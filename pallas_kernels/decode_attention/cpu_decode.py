@@ -1,6 +1,7 @@
 """Decoding a few blocks at a time, in the forms that XLA for CPU turns into vector loops."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import numpy as np
 
 from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, describe
 
-# Of each of a 3-bit cell's four groups of eight codes: the word it starts in and the next, right and left shift, mask.
-_CELL = ([0, 0, 1, 2], [1, 1, 2, 2], [0, 24, 16, 8], [0, 8, 16, 0], [0, 0xFFFFFFFF, 0xFFFFFFFF, 0])
+# Of each of a 3-bit cell's four groups of eight codes: right shift of the word it starts in, left shift and mask of the
+# next.
+_CELL = ([0, 24, 16, 8], [0, 8, 16, 0], [0, 0xFFFFFFFF, 0xFFFFFFFF, 0])
 
 
 def take(x: Format, layer: jax.Array, start: jax.Array, blocks: int) -> Format:
@@ -30,15 +32,15 @@ def take(x: Format, layer: jax.Array, start: jax.Array, blocks: int) -> Format:
     return dataclasses.replace(x, codes=cut(x.codes), levels=x.levels[layer], scale=scale, zero=zero, **slots)
 
 
-def decode(x: Format) -> jax.Array:
-    """Elements of blocks from `take`, `[B, K, n, T, H]` float32."""
+def decode(x: Format, apart: Callable[[Callable[[], jax.Array]], jax.Array]) -> jax.Array:
+    """Elements of blocks from `take`, `[B, K, n, T, H]` float32; `apart(make)` is `make()`, stored."""
     if isinstance(x, Dense):
         # Without the barrier JAX 0.12 makes float32 first and then orders it by heads, in two passes over the tile.
         return floats(jax.lax.optimization_barrier(x.values), x.dtype)
     if isinstance(x, Affine):
-        return _affine(x)
+        return _affine(x, apart)
     if isinstance(x, Codebook):
-        return _codebook(x)
+        return _codebook(x, apart)
     raise NotImplementedError(f"xla_cpu does not read {describe(x)}")
 
 
@@ -49,7 +51,7 @@ def floats(bits: jax.Array, dtype: str = "float16") -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
 
-def fields(words: jax.Array, bits: int) -> jax.Array:
+def fields(words: jax.Array, bits: int, apart: Callable) -> jax.Array:
     """Words `[..., W, H]` shifted so that each code stands lowest in its copy: `[..., F, C, H]`, token f * C + c.
 
     All fields by one broadcast shift: a concatenation of fields becomes scalar code (10 times slower).
@@ -61,16 +63,23 @@ def fields(words: jax.Array, bits: int) -> jax.Array:
         return words[..., None, :, :] >> shift.reshape(*axes, -1, 1, 1)
     # The 96 bits of a cell as four words of eight codes: each the end of one word and the start of the next.
     words = words.reshape(*lead, 3, rows // 3, channels)
-    column = [jnp.asarray(x, jnp.uint32).reshape(*axes, 4, 1, 1) for x in _CELL[2:]]
-    low, high = (jnp.take(words, jnp.asarray(row), axis=-3, mode="clip") for row in _CELL[:2])
-    words = (low >> column[0]) | ((high << column[1]) & column[2])
+    column = [jnp.asarray(x, jnp.uint32).reshape(*axes, 4, 1, 1) for x in _CELL]
+
+    def as_groups() -> jax.Array:
+        first, second, third = (words[..., i : i + 1, :, :] for i in range(3))
+        group = jnp.arange(4, dtype=jnp.int32).reshape(*axes, 4, 1, 1)
+        low = jnp.where(group < 2, first, jnp.where(group == 2, second, third))
+        high = jnp.where(group < 2, second, third)
+        return (low >> column[0]) | ((high << column[1]) & column[2])
+
+    groups = apart(as_groups)  # once for the eight codes of each
     shift = jnp.arange(8, dtype=jnp.uint32) * jnp.uint32(3)
-    shifted = words[..., None, :, :] >> shift.reshape(*axes, 1, 8, 1, 1)
+    shifted = groups[..., None, :, :] >> shift.reshape(*axes, 1, 8, 1, 1)
     return shifted.reshape(*lead, 32, rows // 3, channels)
 
 
-def _affine(x: Affine) -> jax.Array:
-    shifted = fields(x.codes, x.bits)
+def _affine(x: Affine, apart: Callable) -> jax.Array:
+    shifted = fields(x.codes, x.bits, apart)
     *lead, F, C, H = shifted.shape
     T = F * C
     code = (shifted & jnp.uint32(2**x.bits - 1)).astype(jnp.int32).astype(jnp.float32)
@@ -85,8 +94,8 @@ def _affine(x: Affine) -> jax.Array:
     return (scale * code + zero).reshape(*lead, T, H)
 
 
-def _codebook(x: Codebook) -> jax.Array:
-    shifted = fields(x.codes, x.bits)
+def _codebook(x: Codebook, apart: Callable) -> jax.Array:
+    shifted = fields(x.codes, x.bits, apart)
     *lead, F, C, H = shifted.shape
     value = lookup(shifted, x.levels, x.bits)
     if x.per == "channel":
