@@ -306,16 +306,14 @@ class ValuesPerToken:
         return [*tiles, *(jnp.sum(z, axis=0) for z in zeros)]
 
     def merge(self, results: list, weight: jax.Array) -> jax.Array:
-        plan, n = self.plan, self.plan.columns
+        plan, group = self.plan, weight.shape[-1]
         count = plan.padded // ROWS
-        tiled = jnp.tile(weight, self.beside)[..., None, :]
         order = np.argsort(value_rows(np.arange(plan.padded)))
-        acc = jnp.concatenate([(x * tiled).sum(2) for x in results[:count]], axis=2)[:, :, order]
-        if self.beside > 1:  # the columns of each channel's own group
-            rows = jnp.split(acc, plan.padded // self.group, axis=2)
-            acc = jnp.concatenate(
-                [x[..., i % self.beside * n : (i % self.beside + 1) * n] for i, x in enumerate(rows)], axis=2
-            )
+        tiles = [x.reshape(*x.shape[:-1], self.beside, plan.columns)[..., :group] for x in results[:count]]
+        acc = jnp.concatenate([(x * weight[:, :, :, None, None]).sum(2) for x in tiles], axis=2)[:, :, order]
+        # The columns of each channel's own group.
+        rows = jnp.split(acc, max(1, plan.padded // self.group), axis=2) if self.beside > 1 else [acc]
+        acc = jnp.concatenate([x[..., i % self.beside, :] for i, x in enumerate(rows)], axis=2)
         acc = acc[:, :, : plan.channels].swapaxes(-1, -2)
-        zeros = jnp.stack([(z * weight).sum(2) for z in results[count:]], axis=-1)
+        zeros = jnp.stack([(z[..., :group] * weight).sum(2) for z in results[count:]], axis=-1)
         return acc + jnp.repeat(zeros, self.group, axis=-1)

@@ -59,28 +59,23 @@ def plan(k: Codebook, group: int, interpret: Any, splits: int | None) -> Plan:
     return dataclasses.replace(sizes, alive=64)
 
 
-def narrow(plan: Plan, slots: int, shared: bool) -> bool:
+def narrow(plan: Plan, bits: int, slots: int, shared: bool) -> bool:
     """Whether words and tables leave little room in shared memory."""
-    return plan.channels > 128 or bool(slots and shared)
+    return plan.channels > 128 or bool(slots and shared and bits != 3)
 
 
 def at_once(plan: Plan, bits: int, slots: int, shared: bool) -> int:
     """Planes that have a tile each in shared memory at a time."""
     most = len(plan.rounds[0])
-    return min(most, 2 if bits == 3 and slots else 4) if narrow(plan, slots, shared) else most
-
-
-def table_of(fmt: Codebook, layer: jax.Array) -> jax.Array:
-    """`[8]` uint32: registers of the layer's levels."""
-    table = codes.tables(fmt.levels[layer][None])[0]
-    return jnp.pad(table, (0, 8 - table.shape[0]))
+    return min(most, 2 if bits == 3 and slots else 4) if narrow(plan, bits, slots, shared) else most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CodebookKeys:
     """Decoder of keys; `layer`, `rotation` and `value_levels [L, 2**bits]` are traced.
 
-    Levels are looked up in registers, or, where values' levels are given, in tables in shared memory, for both.
+    Its first array in shared memory is the table of levels, of keys and values: where `shared` for look-ups there
+    (`shared_tables`), else `[2, 8]`, for look-ups in registers.
     """
 
     plan: Plan
@@ -88,11 +83,8 @@ class CodebookKeys:
     slots: int
     layer: jax.Array
     rotation: Rotation
-    value_levels: jax.Array | None = None
-
-    @property
-    def shared(self) -> bool:
-        return self.value_levels is not None
+    value_levels: jax.Array
+    shared: bool
 
     @property
     def few(self) -> int:
@@ -106,12 +98,11 @@ class CodebookKeys:
 
     def arrays(self, fmt: Codebook, q: jax.Array) -> list:
         q, unit = normalised(q, jnp.float32)
-        table = table_of(fmt, self.layer)
-        if self.shared:
-            table = codes.byte_tables(fmt.levels[self.layer], self.value_levels[self.layer])
-        once = [table, self._queries(q), unit, self._row_angles(), self._warps(), self._folds(fmt)]
+        levels = fmt.levels[self.layer], self.value_levels[self.layer]
+        table = codes.shared_tables(*levels) if self.shared else codes.tables(jnp.stack(levels))
+        once = [table, self._queries(q), unit, self._factors(), self._folds(fmt)]
         slots = [fmt.slot_channel, fmt.slot_residual] if self.slots else []
-        return [*once, self._coarse(), self._fine(), *(flat(self.plan, x) for x in (fmt.codes, *slots))]
+        return [*once, *(flat(self.plan, x) for x in (fmt.codes, *slots))]
 
     def _queries(self, q: jax.Array) -> jax.Array:
         """`q [B, K, columns, H]` turned to each plane: `[B, K, planes, H, columns]` float16."""
@@ -121,13 +112,23 @@ class CodebookKeys:
         turned = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
         return turned.astype(jnp.float16).swapaxes(-1, -2)
 
-    def _row_angles(self) -> jax.Array:
-        """cos and sin by which plane 0 of a warp's 16 rows turns, from the first: `[2, 16, H/2]` float32."""
-        return jnp.stack(self._angles(self._place(self.plan.token(jnp.arange(DEPTH, dtype=jnp.int32), 0))))
+    def _factors(self) -> jax.Array:
+        """cos and sin `[n, 2, H/2]` float32: by how much rows 0 to 15 of plane 0 turn, each warp's first row, so many
+        blocks (`FINE` of them), and for each row of the batch every `FINE`th block, the first `BEFORE` 0, to the query.
 
-    def _warps(self) -> jax.Array:
-        """`[4, 2, H/2]`: cos and sin of each warp's first row."""
-        return self._factors(self._place(self.plan.token(jnp.arange(0, ROWS, DEPTH, dtype=jnp.int32), 0)))
+        One array, so that one kernel makes it.
+        """
+        plan, rows = self.plan, jnp.arange(DEPTH, dtype=jnp.int32)
+        fine = jnp.arange(FINE, dtype=jnp.int32) * plan.tokens
+        near = [plan.token(rows, 0), plan.token(DEPTH * rows[:WARPS], 0), fine]
+        block = FINE * jnp.arange(self._coarse, dtype=jnp.int32) - BEFORE
+        far = self.rotation.position[:, None] - self._place(block[None] * plan.tokens)
+        offsets = jnp.concatenate([self._place(jnp.concatenate(near)), far.reshape(-1)])
+        return jnp.stack(self._angles(offsets), -2)
+
+    @property
+    def _coarse(self) -> int:
+        return -(-(self.plan.blocks + BEFORE) // FINE)
 
     def _folds(self, fmt: Codebook) -> jax.Array:
         """`[K, 3, width]` float32: s; then a and b of y = a cos + b sin, the zeros turned by a chunk's angle."""
@@ -135,18 +136,6 @@ class CodebookKeys:
         z1, z2 = jnp.split(zero, 2, axis=-1)
         folds = [scale, jnp.concatenate([z1, -z2], -1), jnp.concatenate([z2, z1], -1)]
         return self._wide(jnp.stack(folds, 1))
-
-    def _coarse(self) -> jax.Array:
-        """`[B, blocks / 64, 2, H/2]`: cos and sin from every 64th block, the first `BEFORE` 0, to the query."""
-        block = FINE * jnp.arange(-(-(self.plan.blocks + BEFORE) // FINE), dtype=jnp.int32) - BEFORE
-        return self._factors(self.rotation.position[:, None] - self._place(block[None] * self.plan.tokens))
-
-    def _fine(self) -> jax.Array:
-        """`[64, 2, H/2]`: cos and sin of so many blocks."""
-        return self._factors(self._place(jnp.arange(FINE, dtype=jnp.int32) * self.plan.tokens))
-
-    def _factors(self, offsets: jax.Array) -> jax.Array:
-        return jnp.stack(self._angles(offsets), -2)
 
     def _angles(self, offsets: jax.Array):
         return self.rotation.angles(offsets)
@@ -160,10 +149,10 @@ class CodebookKeys:
     def scratch(self) -> list:
         p = self.plan
         return [
-            plgpu.SMEM((256, 64) if self.shared else (8,), jnp.uint32),
+            plgpu.SMEM((codes.ROWS[self.bits], 64) if self.shared else (2, 8), jnp.uint32),
             plgpu.SMEM((p.planes, p.channels, p.columns), jnp.float16),
             plgpu.SMEM((p.columns,), jnp.float32),
-            plgpu.SMEM((2, DEPTH, p.channels // 2), jnp.float32),
+            plgpu.SMEM((DEPTH, 2, p.channels // 2), jnp.float32),
             plgpu.SMEM((WARPS, 2, p.channels // 2), jnp.float32),
             plgpu.SMEM((3, self.width), jnp.float32),
             plgpu.SMEM((p.slots, 2, 2, p.channels // 2), jnp.float32),
@@ -187,18 +176,20 @@ class CodebookKeys:
         return 6
 
     def begin(self, src, dst, at: At, barrier) -> None:
-        table, queries, unit, angles, warps, folds, *_ = src
-        here = (at.row, at.head)
-        for source, target in zip((table, queries.at[here], unit.at[here], angles, warps, folds.at[at.head]), dst):
+        table, queries, unit, factors, folds, *_ = src
+        here, rows, warps = (at.row, at.head), pl.ds(0, DEPTH), pl.ds(DEPTH, WARPS)
+        once = (table, queries.at[here], unit.at[here], factors.at[rows], factors.at[warps], folds.at[at.head])
+        for source, target in zip(once, dst):
             plgpu.copy_gmem_to_smem(source, target, barrier)
         plgpu.barrier_wait(barrier)
 
     def fetch(self, src, dst, at: At, slot, barrier) -> None:
-        coarse, fine, *stored = src[6:]
+        source, stored = src[3], src[5:]
         factors, _, words, *slots = dst[6:]
-        block = at.start + BEFORE
-        plgpu.copy_gmem_to_smem(coarse.at[at.row, lax.div(block, FINE)], factors.at[slot, 0], barrier)
-        plgpu.copy_gmem_to_smem(fine.at[lax.rem(block, FINE)], factors.at[slot, 1], barrier)
+        block, fine = at.start + BEFORE, DEPTH + WARPS
+        coarse = fine + FINE + at.row * self._coarse
+        plgpu.copy_gmem_to_smem(source.at[coarse + lax.div(block, FINE)], factors.at[slot, 0], barrier)
+        plgpu.copy_gmem_to_smem(source.at[fine + lax.rem(block, FINE)], factors.at[slot, 1], barrier)
         fetch_blocks(self.plan, stored, [x.at[slot] for x in (words, *slots[:2])], at, barrier)
 
     def scores(self, dst, at: At, slot, planes: range) -> list:
@@ -206,7 +197,7 @@ class CodebookKeys:
         if planes.start == 0:
             self._turn(folds, factors.at[slot], warps, turns)
         interpret, half = self.plan.interpret, self.plan.channels // 2
-        levels = codes.decoders(self.bits, planes, table, 0 if self.shared else None, LEFT, interpret)
+        levels = codes.decoders(self.bits, planes, table, 0, self.shared, LEFT, interpret)
 
         def pairs(c, sums):
             first, second = (DEPTH * c + h for h in (0, half))

@@ -9,8 +9,9 @@ a nibble of one and a nibble of the other share a byte, and a low and a high byt
 `& | << >>` and a byte permute. Instructions per element: 1.4 at 2 bits, 2.2 at 3 bits and 2.9 at 4 bits; a polynomial
 through the levels takes 2.5 at 2 bits and rounds on the way.
 
-At 2 and 4 bits a byte of codes is rather looked up as a whole, in a table in shared memory that has its content once
-for each bank, so that no two lanes of a warp meet (`byte_tables`): 1.0 and 1.5 instructions per element.
+Where there is room, a byte of codes, or two codes of 3 bits, are rather looked up as a whole, in a table in shared
+memory that has its content once for each bank, so that no two lanes of a warp meet (`shared_tables`): 1.0, 2.0 and 1.5
+instructions per element at 2, 3 and 4 bits.
 """
 
 import jax
@@ -24,15 +25,18 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 FIELDS = {2: 16, 3: 8, 4: 8}  # codes in one prepared word: at 3 bits, 24 bits of the 96 of a cell
 U32 = np.uint32
+TOGETHER = {2: 4, 3: 2, 4: 2}  # codes looked up at once in shared memory
+ROWS = {bits: 1 << bits * n for bits, n in TOGETHER.items()}  # of a table there
 REGISTERS = {2: 2, 3: 4, 4: 8}  # that hold a table
 
 
 def tables(levels: jax.Array) -> jax.Array:
-    """Registers of `levels[L, 2**bits]` float32 as float16: uint32 `[L, REGISTERS[bits]]`, all low bytes and then all
-    high ones, four levels each."""
+    """Registers of `levels[L, 2**bits]` float32 as float16: uint32 `[L, 8]`, four levels each, all low bytes and then
+    all high ones; what is left is 0."""
     bits = lax.bitcast_convert_type(levels.astype(jnp.float16), jnp.uint16).astype(jnp.uint32)
-    halves = jnp.stack([bits & 0xFF, bits >> 8], 1).reshape(levels.shape[0], -1, 4)
-    return (halves << jnp.asarray([0, 8, 16, 24], jnp.uint32).reshape(1, 1, 4)).sum(-1, dtype=jnp.uint32)
+    halves = jnp.concatenate([bits & 0xFF, bits >> 8], 1)
+    table = halves[:, ::4] | (halves[:, 1::4] << 8) | (halves[:, 2::4] << 16) | (halves[:, 3::4] << 24)
+    return jnp.pad(table, ((0, 0), (0, 8 - table.shape[1])))
 
 
 def together(planes: range, bits: int) -> list[list[int]]:
@@ -41,27 +45,27 @@ def together(planes: range, bits: int) -> list[list[int]]:
     return [[p for p in planes if p % step == r] for r in range(step)]
 
 
-def decoders(bits: int, planes: range, table, shared: int | None, layout, interpret) -> list:
+def decoders(bits: int, planes: range, table, which: int, shared: bool, layout, interpret) -> list:
     """Planes that are decoded together, and how: `decode(words) -> [tile of levels per plane]`.
 
     Args:
-      table: a row of `tables`, or `byte_tables`, in shared memory.
-      shared: of `byte_tables` keys' or values', as in `lookup_bytes`; None: `tables`.
+      table: a ref of `tables` of keys and values, or, where `shared`, of `shared_tables`.
+      which: 0 keys', 1 values'.
     """
-    if shared is None:
-        table = [table[i] for i in range(REGISTERS[bits])]
+    if not shared:
+        registers = [table[which, i] for i in range(REGISTERS[bits])]
 
         def in_registers(group):
-            return lambda words: lookup(words, table, bits, group, layout, interpret)
+            return lambda words: lookup(words, registers, bits, group, layout, interpret)
 
         return [(group, in_registers(group)) for group in together(planes, bits)]
-    step = 8 // bits
+    step = TOGETHER[bits]
 
-    def by_byte(group):
-        return lambda words: lookup_bytes(words, table, shared, bits, group[0] // step, layout, interpret)
+    def by_part(group):
+        return lambda words: lookup_shared(words, table, which, bits, group[0] // step, layout, interpret)
 
     groups = [list(planes[i : i + step]) for i in range(0, len(planes), step)]
-    return [(group, by_byte(group)) for group in groups]
+    return [(group, by_part(group)) for group in groups]
 
 
 def lookup(words: jax.Array, table: list, bits: int, fields: list[int], layout, interpret) -> list[jax.Array]:
@@ -69,7 +73,7 @@ def lookup(words: jax.Array, table: list, bits: int, fields: list[int], layout, 
 
     Args:
       words: uint32; at 3 bits eight codes in the low 24 bits, otherwise whole words.
-      table: uint32 scalars, a row of `tables`.
+      table: uint32 scalars, of a row of `tables`.
       layout: of the tile: one in which a thread holds pairs of columns.
     """
     if interpret:
@@ -96,37 +100,41 @@ def lookup(words: jax.Array, table: list, bits: int, fields: list[int], layout, 
     return list(decode(words, tuple(table)))
 
 
-def byte_tables(keys: jax.Array, values: jax.Array) -> jax.Array:
-    """What a byte of codes stands for, `[256, 64]` uint32, from `levels[2**bits]` float32 of keys and of values.
+def shared_tables(keys: jax.Array, values: jax.Array) -> jax.Array:
+    """What neighbouring codes stand for, `[rows, 64]` uint32, from `levels[2**bits]` float32 of keys and of values.
 
-    Row b is 256 bytes: what keys' byte b decodes to, again and again in 128 bytes, so that every lane of a warp reads a
-    bank of its own, then values'. At 4 bits that are two float16, lowest field first, at 2 bits four.
+    They are a byte, or two codes of 3 bits (`ROWS`). A row is 256 bytes: what keys' codes decode to, again and again in
+    128 bytes, so that every lane of a warp reads a bank of its own, then values'. At 3 and 4 bits that are two float16,
+    lowest field first, at 2 bits four.
     """
-    byte = jnp.arange(256, dtype=jnp.uint32)
-    bits = {4: 2, 16: 4}[keys.shape[-1]]
+    bits = (keys.shape[-1] - 1).bit_length()
+    row = jnp.arange(ROWS[bits], dtype=jnp.uint32)
     halves = []
     for levels in (keys, values):
         table = lax.bitcast_convert_type(levels.astype(jnp.float16), jnp.uint16).astype(jnp.uint32)
         low, high = (
-            jnp.stack([table[(byte >> shift) & (2**bits - 1)] for shift in range(first, 8, 2 * bits)], -1)
+            jnp.stack(
+                [table[(row >> shift) & (2**bits - 1)] for shift in range(first, bits * TOGETHER[bits], 2 * bits)], -1
+            )
             for first in (0, bits)
         )
-        halves.append(jnp.tile(low | (high << 16), (1, 64 * bits // 8)))
+        halves.append(jnp.tile(low | (high << 16), (1, 64 // TOGETHER[bits])))
     return jnp.concatenate(halves, -1)
 
 
-def lookup_bytes(words: jax.Array, table, which: int, bits: int, byte: int, layout, interpret) -> list[jax.Array]:
-    """As `lookup`, of the fields of one byte of each word, by loads from `byte_tables` in shared memory.
+def lookup_shared(words: jax.Array, table, which: int, bits: int, part: int, layout, interpret) -> list[jax.Array]:
+    """As `lookup`, of the fields of one part of each word, by loads from `shared_tables` in shared memory.
 
-    A load takes one instruction for two codes of 4 bits or four of 2, where byte permutes take four or eight: a load
-    of an SM per clock is half of what memory can keep busy at 4 bits, and about all of it at 2.
+    A load takes one instruction for two codes of 3 or 4 bits or four of 2, where byte permutes take four or eight: a
+    load of an SM per clock is half of what memory can keep busy at 4 bits, and about all of it at 2.
 
     Args:
+      part: number of the byte, or of the pair of codes.
       which: 0 keys', 1 values'.
     """
-    fields = 8 // bits
+    fields = TOGETHER[bits]
     if interpret:
-        rows = table[...][((words >> (8 * byte)) & 0xFF).astype(jnp.int32)]
+        rows = table[...][((words >> (fields * bits * part)) & (ROWS[bits] - 1)).astype(jnp.int32)]
         halves = [(rows[..., 32 * which + i // 2] >> (16 * (i % 2))).astype(jnp.uint16) for i in range(fields)]
         return [lax.bitcast_convert_type(x, jnp.float16) for x in halves]
     out = plgpu.ShapeDtypeStruct(words.shape, jnp.float16, layout=layout)
@@ -146,19 +154,26 @@ def lookup_bytes(words: jax.Array, table, which: int, bits: int, byte: int, layo
 
         for i in np.ndindex(words.registers.shape):
             w0, w1 = (Word(_element(words.registers[i], j)) for j in (0, 1))
-            for out, x in zip(registers, decode_byte(w0, w1, own, byte, load, _prmt)):
+            for out, x in zip(registers, decode_part(w0, w1, own, bits, part, load, _prmt, _masked_or)):
                 out[i] = llvm.bitcast(pair, x.value)
         return tuple(mgpu.FragmentedArray(_registers=r, _layout=words.layout, _is_signed=None) for r in registers)
 
     return list(decode(words, table))
 
 
-def decode_byte(w0, w1, own, byte: int, load, prmt) -> list:
-    """Pairs of float16 (`w0`'s level low, `w1`'s high) of the fields of a byte.
+def decode_part(w0, w1, own, bits: int, part: int, load, prmt, masked_or) -> list:
+    """Pairs of float16 (`w0`'s level low, `w1`'s high) of the fields of a part.
 
-    `load` reads what is at an address of `byte_tables`, in bytes: row * 256 + `own`, which is below 256.
+    `load` reads what is at an address of `shared_tables`, in bytes: row * 256 + `own`, which is below 256.
     """
-    found = (load(prmt(w, own, 0x5504 + 16 * byte)) for w in (w0, w1))
+
+    def address(w):
+        if bits != 3:
+            return prmt(w, own, 0x5504 + 16 * part)
+        shift = 6 * part - 8
+        return masked_or(w >> shift if shift > 0 else w << -shift, 0x3F00, own)
+
+    found = (load(address(w)) for w in (w0, w1))
     return [prmt(a, b, select) for a, b in zip(*found) for select in (0x5410, 0x7632)]
 
 
@@ -249,6 +264,14 @@ def _value(x):
 
 def _element(x, j: int):
     return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([j]))
+
+
+def _masked_or(a: Word, mask: int, b: Word) -> Word:
+    """`(a & mask) | b`, which the compiler would rather make a sum that takes an instruction more."""
+    operands = [a.value, b.value]
+    i32 = ir.IntegerType.get_signless(32)
+    text = f"lop3.b32 $0, $1, {mask}, $2, 0xEA;"
+    return Word(llvm.inline_asm(i32, operands, text, "=r,r,r", has_side_effects=False))
 
 
 def _prmt(a: Word, b: Word, select) -> Word:

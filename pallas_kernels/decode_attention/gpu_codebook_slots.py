@@ -30,7 +30,7 @@ def key_scores(plan: Plan, target, slots, angles, turns, queries, planes: range)
 
     Args:
       slots: refs of channel uint8 and of residual uint16 (float16 bits), `[blocks, s, T]`.
-      angles: `[2, 16, H/2]` float32, cos and sin by row of a warp's 16 of a plane.
+      angles: `[16, 2, H/2]` float32, cos and sin by row of a warp's 16 of a plane.
       turns: `[4, 4, width]` float32, whose last has cos and sin, H/2 each, by which each warp is turned back.
       queries: `[planes, H, columns]` float16.
     """
@@ -55,7 +55,7 @@ def key_scores(plan: Plan, target, slots, angles, turns, queries, planes: range)
             for s in range(slots.count):
                 c, r = slots.channel(plane, s), slots.residual(plane, s)
                 pair, upper = _halved(c, half)
-                cos1, sin1 = (angles.number(((row & (DEPTH - 1)) + DEPTH * j) * half + pair) for j in (0, 1))
+                cos1, sin1 = (angles.number(((row & (DEPTH - 1)) * 2 + j) * half + pair) for j in (0, 1))
                 own = (row >> 4) * turns.row(4) + turns.row(3) + pair
                 cos2, sin2 = (turns.number(own + i) for i in (0, half))
                 cos = _fma(cos1, cos2, _mul(sin1, sin2))
@@ -84,7 +84,7 @@ def _key_scores_array(plan: Plan, slots, angles, turns, q, plane: int) -> jax.Ar
         c = slots[0][block, s, token].astype(jnp.int32)
         r = lax.bitcast_convert_type(slots[1][block, s, token], jnp.float16).astype(jnp.float32)
         pair = c % half
-        cos1, sin1 = (angles[j, row % DEPTH, pair] for j in (0, 1))
+        cos1, sin1 = (angles[row % DEPTH, j, pair] for j in (0, 1))
         cos2, sin2 = (turns[row // DEPTH, 3, pair + i] for i in (0, half))
         cos, sin = cos1 * cos2 + sin1 * sin2, sin1 * cos2 - cos1 * sin2
         first, second = jnp.where(c < half, cos, -sin), jnp.where(c < half, sin, cos)

@@ -147,10 +147,11 @@ def repeated(ref, width: int, layout, interpret) -> jax.Array:
 
 
 def row_tables(ref, column, interpret) -> list[jax.Array]:
-    """float32 `ref[n, 16, C]` from `column` on as n tiles `[64, 16]`, the same for each warp's 16 rows."""
+    """float32 `ref[16, n, C]` from `column` on as n tiles `[64, 16]`, the same for each warp's 16 rows."""
+    n = ref.shape[1]
     if interpret:
-        return [jnp.tile(ref[i, :, pl.ds(column, DEPTH)], (ROWS // DEPTH, 1)) for i in range(ref.shape[0])]
-    return _float_tiles(ref, column, ref.shape[0], lambda i, warp, row: row + i * DEPTH, shared=False)
+        return [jnp.tile(ref[:, i, pl.ds(column, DEPTH)], (ROWS // DEPTH, 1)) for i in range(n)]
+    return _float_tiles(ref, column, n, lambda i, warp, row: row * n + i, shared=False)
 
 
 def warp_rows(ref, count: int, column, interpret) -> list[jax.Array]:

@@ -1,6 +1,7 @@
 """Codebook values on Hopper (KVQuant): scale and zero per token, folded into the weights."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention import gpu_codebook_lookup as codes
 from pallas_kernels.decode_attention.formats import Codebook
-from pallas_kernels.decode_attention.gpu_codebook_keys import at_once, narrow, table_of
+from pallas_kernels.decode_attention.gpu_codebook_keys import at_once, narrow
 from pallas_kernels.decode_attention.gpu_codebook_slots import clear, value_tile
 from pallas_kernels.decode_attention.gpu_codebook_tiles import (
     DEPTH,
@@ -31,21 +32,16 @@ STEPS = [slice(i, i + DEPTH) for i in range(0, ROWS, DEPTH)]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CodebookValues:
-    """Decoder of values; `layer` is traced. Rows of the sum are channels `regrouped`.
+    """Decoder of values. Rows of the sum are channels `regrouped`.
 
-    Where `shared`, the keys' first array in shared memory has the values' levels too, and comes last in `dst`.
+    The table of levels is the keys' first array in shared memory, and comes last in `dst`.
     """
 
     plan: Plan
     bits: int
     slots: int
-    layer: jax.Array
-    shared: bool = False
-
-    @property
-    def borrows(self) -> int:
-        """Arrays that the keys have in shared memory, to be read as well."""
-        return int(self.shared)
+    shared: bool
+    borrows: ClassVar[int] = 1
 
     @property
     def chains(self) -> int:
@@ -54,7 +50,7 @@ class CodebookValues:
 
     def arrays(self, fmt: Codebook) -> list:
         slots = [fmt.slot_channel, fmt.slot_residual] if self.slots else []
-        return [table_of(fmt, self.layer), *(flat(self.plan, x) for x in (fmt.codes, fmt.scale, fmt.zero, *slots))]
+        return [flat(self.plan, x) for x in (fmt.codes, fmt.scale, fmt.zero, *slots)]
 
     def scratch(self) -> list:
         p = self.plan
@@ -65,19 +61,17 @@ class CodebookValues:
 
         stored = [blocks((p.tokens * self.bits // 32, p.channels), jnp.uint32), *[blocks((p.tokens,), jnp.uint16)] * 2]
         if not self.slots:
-            return [plgpu.SMEM((p.slots, 8), jnp.uint32), weights, *stored]
+            return [weights, *stored]
         slots = [blocks((self.slots, p.tokens), x) for x in (jnp.uint8, jnp.uint16)]
-        both = not narrow(p, self.slots, self.shared)  # else there is no room to have two of each
+        both = not narrow(p, self.bits, self.slots, self.shared)  # else there is no room to have two of each
         residuals = plgpu.SMEM((1 + both, len(STEPS), p.padded, DEPTH), jnp.float16)
-        return [plgpu.SMEM((p.slots, 8), jnp.uint32), weights, *stored, *slots, residuals, *[weights] * both]
+        return [weights, *stored, *slots, residuals, *[weights] * both]
 
     def copies(self) -> int:
-        return 6 if self.slots else 4
+        return 5 if self.slots else 3
 
     def fetch(self, src, dst, at: At, slot, barrier) -> None:
-        table, *stored = src
-        plgpu.copy_gmem_to_smem(table, dst[0].at[slot], barrier)
-        fetch_blocks(self.plan, stored, [x.at[slot] for x in dst[2 : 2 + len(stored)]], at, barrier)
+        fetch_blocks(self.plan, src, [x.at[slot] for x in dst[1 : 1 + len(src)]], at, barrier)
 
     def init(self):
         return (
@@ -101,8 +95,7 @@ class CodebookValues:
         return state
 
     def _add(self, dst, slot, planes: range, weights: list, acc, zeros):
-        dst, lent = dst[: len(dst) - self.borrows], dst[len(dst) - self.borrows :]
-        table, p_ref, words, *numbers = dst
+        p_ref, words, *numbers, table = dst
         numbers, slots = numbers[:2], numbers[2:]
         interpret, columns = self.plan.interpret, self.plan.columns
         chains = self.chains
@@ -114,8 +107,7 @@ class CodebookValues:
             if slots[3:]:
                 slots[3][i] = w.astype(jnp.float16)
         plgpu.commit_smem()
-        table, which = (lent[0], 1) if self.shared else (table.at[slot], None)
-        levels = codes.decoders(self.bits, planes, table, which, LEFT, interpret)
+        levels = codes.decoders(self.bits, planes, table, 1, self.shared, LEFT, interpret)
 
         def step(i, sums):
             w, sums = value_words(words.at[slot], i, self.bits, self.plan.padded, interpret), list(sums)
@@ -158,6 +150,6 @@ class CodebookValues:
         return [state[0], jnp.sum(state[1], axis=0)]
 
     def merge(self, results: list, weight: jax.Array) -> jax.Array:
-        acc, zeros = results
+        acc, zeros = (x[..., : weight.shape[-1]] for x in results)
         acc = ((acc + zeros[..., None, :]) * weight[:, :, :, None]).sum(2)
         return in_order(acc.swapaxes(-1, -2))[..., : self.plan.channels]

@@ -133,5 +133,5 @@ class DenseValues:
         return [state]
 
     def merge(self, results: list, weight: jax.Array) -> jax.Array:
-        acc = (results[0] * weight[:, :, :, None]).sum(2)
+        acc = (results[0][..., : weight.shape[-1]] * weight[:, :, :, None]).sum(2)
         return acc.swapaxes(-1, -2)[..., : self.plan.channels]

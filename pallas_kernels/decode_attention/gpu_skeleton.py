@@ -29,7 +29,8 @@ A decoder is a frozen dataclass with static fields only (`plan` among them). It 
                                         state * alpha + the values of those planes times their weights
             borrows -> int              scratch of the keys, the first of them, that `add` finds behind its own
             results() -> list           ShapeDtypeStructs (float32) of one program's answer; `finish(state) -> arrays`
-            merge(results, weight) -> [B, K, columns, H]    joins the splits, each with its `weight [B, K, S, columns]`
+            merge(results, weight) -> [B, K, G, H]      joins the splits, each with its `weight [B, K, S, G]`, of the
+                                        first G columns
 """
 # (It checks against the oldest JAX admitted, which lacks what this file is written for.)
 
@@ -47,7 +48,7 @@ from pallas_kernels.decode_attention.gpu_tiles import COLUMN, ROWS, full, over_r
 from pallas_kernels.decode_attention.reference import EMPTY
 
 LOG2E = 1.4426950408889634
-SPLIT_TOKENS = 8192  # a split shorter than this costs more to merge than it hides
+SPLIT_TOKENS = 2048  # what starts and ends a program (tables of levels, its answer of 4 KiB) is little beside so many
 PROGRAMS = 528  # two for each of two that a multiprocessor of an H100 holds (132 of them)
 
 
@@ -155,12 +156,13 @@ def attend(plan: Plan, keys, values, k: Format, v: Format, q, layer, first, last
     inputs = [keys.arrays(k, jnp.pad(q, padding)), values.arrays(v)]
     scalars = [x.astype(jnp.int32).reshape(-1) for x in (layer, first, last)]
     *results, top, total = _call(plan, keys, values, scalars, inputs)
+    # Columns that no query fills go first, or XLA makes kernels of their own for that.
+    top, total = top[..., :group], total[..., :group]
     best = top.max(2)
     weight = jnp.exp2(top - best[:, :, None])
     acc = values.merge(results, weight)
     total = (total * weight).sum(2)
-    best = jnp.where(total > 0, best / jnp.float32(LOG2E), jnp.float32(EMPTY))
-    return Partial(acc[:, :, :group], best[:, :, :group], total[:, :, :group])
+    return Partial(acc, jnp.where(total > 0, best / jnp.float32(LOG2E), jnp.float32(EMPTY)), total)
 
 
 def _call(plan: Plan, keys, values, scalars, inputs):

@@ -165,9 +165,9 @@ def _codebooks(k: Codebook, v: Codebook, group: int, layer, rotation, interpret:
     from pallas_kernels.decode_attention import gpu_codebook_keys, gpu_codebook_values
 
     plan = gpu_codebook_keys.plan(k, group, interpret, splits)
-    for levels in (v.levels, None) if k.bits in (2, 4) else (None,):  # tables in shared memory where there is room
-        keys = gpu_codebook_keys.CodebookKeys(plan, k.bits, k.slots, layer, rotation, levels)
-        values = gpu_codebook_values.CodebookValues(plan, v.bits, v.slots, layer, keys.shared)
+    for shared in (True, False):  # tables in shared memory where there is room
+        keys = gpu_codebook_keys.CodebookKeys(plan, k.bits, k.slots, layer, rotation, v.levels, shared)
+        values = gpu_codebook_values.CodebookValues(plan, v.bits, v.slots, shared)
         if _bytes((keys, values)) <= SHARED_BYTES:
             break
     return plan, keys, values

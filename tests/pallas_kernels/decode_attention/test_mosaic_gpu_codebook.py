@@ -40,9 +40,9 @@ def test_byte_permutes_decode_every_field_exactly(bits):
     rng = np.random.default_rng(bits)
     words = rng.integers(0, 2**32, (2, 500), dtype=np.uint32)
     levels = np.sort(rng.uniform(-30, 30, (1, 2**bits)), axis=-1).astype(np.float32)
-    table = [np.uint32(t) for t in np.asarray(codes.tables(jnp.asarray(levels)))[0]]
+    table = [np.uint32(t) for t in np.asarray(codes.tables(jnp.asarray(levels)))[0, : codes.REGISTERS[bits]]]
     pairs = codes.decode_pair(*words, table, bits, byte_permute)
-    assert len(pairs) == codes.FIELDS[bits] and len(table) == codes.REGISTERS[bits]
+    assert len(pairs) == codes.FIELDS[bits]
     for field, pair in enumerate(pairs):
         for half in (0, 1):
             got = (pair >> np.uint32(16 * half)).astype(np.uint16).view(np.float16)
@@ -50,24 +50,30 @@ def test_byte_permutes_decode_every_field_exactly(bits):
             np.testing.assert_array_equal(got, levels[0, code].astype(np.float16))
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_loads_from_tables_decode_every_field_exactly(bits):
     rng = np.random.default_rng(bits)
     words = rng.integers(0, 2**32, (2, 32), dtype=np.uint32)  # a lane each
     levels = np.sort(rng.uniform(-30, 30, (2, 2**bits)), axis=-1).astype(np.float32)
-    table = np.asarray(codes.byte_tables(*map(jnp.asarray, levels))).reshape(-1)
-    count = 4 // bits
-    for which, byte in np.ndindex(2, 4):
+    table = np.asarray(codes.shared_tables(*map(jnp.asarray, levels))).reshape(-1)
+    together = codes.TOGETHER[bits]
+    count = together // 2
+    for which, part in np.ndindex(2, 4):
         own = np.arange(32, dtype=np.uint32) % (32 // count) * (4 * count) + 128 * which
         assert len({*(own // 4 % 32)}) == 32 // count  # no two lanes of a load's phase in one bank
 
         def load(address):
             return [table[address // 4 + i] for i in range(count)]
 
-        for i, pair in enumerate(codes.decode_byte(*words, own.astype(np.uint32), byte, load, byte_permute)):
+        def masked_or(a, mask, b):
+            return (a & np.uint32(mask)) | b
+
+        for i, pair in enumerate(
+            codes.decode_part(*words, own.astype(np.uint32), bits, part, load, byte_permute, masked_or)
+        ):
             for half in (0, 1):
                 got = (pair >> np.uint32(16 * half)).astype(np.uint16).view(np.float16)
-                code = (words[half] >> np.uint32(8 * byte + bits * i)) & np.uint32(2**bits - 1)
+                code = (words[half] >> np.uint32(bits * (together * part + i))) & np.uint32(2**bits - 1)
                 np.testing.assert_array_equal(got, levels[which, code].astype(np.float16))
 
 
