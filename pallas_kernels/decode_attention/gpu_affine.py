@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.formats import Affine
 from pallas_kernels.decode_attention.gpu_dense import normalised
-from pallas_kernels.decode_attention.gpu_skeleton import At, Plan, flat, load_column
+from pallas_kernels.decode_attention.gpu_skeleton import At, Plan, flat, joined, load_column
 from pallas_kernels.decode_attention.gpu_tiles import (
     ROW,
     ROWS,
@@ -310,10 +310,10 @@ class ValuesPerToken:
         count = plan.padded // ROWS
         order = np.argsort(value_rows(np.arange(plan.padded)))
         tiles = [x.reshape(*x.shape[:-1], self.beside, plan.columns)[..., :group] for x in results[:count]]
-        acc = jnp.concatenate([(x * weight[:, :, :, None, None]).sum(2) for x in tiles], axis=2)[:, :, order]
+        acc = jnp.concatenate([joined(x, weight) for x in tiles], axis=2)[:, :, order]
         # The columns of each channel's own group.
         rows = jnp.split(acc, max(1, plan.padded // self.group), axis=2) if self.beside > 1 else [acc]
         acc = jnp.concatenate([x[..., i % self.beside, :] for i, x in enumerate(rows)], axis=2)
         acc = acc[:, :, : plan.channels].swapaxes(-1, -2)
-        zeros = jnp.stack([(z[..., :group] * weight).sum(2) for z in results[count:]], axis=-1)
+        zeros = jnp.stack([joined(z[..., :group], weight) for z in results[count:]], axis=-1)
         return acc + jnp.repeat(zeros, self.group, axis=-1)

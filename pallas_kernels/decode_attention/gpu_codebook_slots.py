@@ -46,12 +46,14 @@ def key_scores(plan: Plan, target, slots, angles, turns, queries, planes: range)
         target, angles, turns = (_Bytes(x, 4) for x in (target, angles, turns))
         slots = _Slots(plan, channel, residual)
         row, part = slots.row, slots.part
+        used = -(-plan.queries // 4) * 4  # columns; the others' queries are 0
+        zero = Word(utils.c(0.0, ir.F32Type.get()))
         utils.warpgroup_barrier()  # all have read what was there
 
         @utils.fori(arith.constant(_i32(), len(planes) // 2), [])
         def _(i, carry):
             plane = part + Word(i) * 2 + planes.start
-            sums = [Word(utils.c(0.0, ir.F32Type.get()))] * plan.columns
+            sums = [zero] * used
             for s in range(slots.count):
                 c, r = slots.channel(plane, s), slots.residual(plane, s)
                 pair, upper = _halved(c, half)
@@ -65,9 +67,13 @@ def key_scores(plan: Plan, target, slots, angles, turns, queries, planes: range)
                 second = _mul(r, _choose(upper, cos, sin))
                 where = (plane * plan.channels + pair) * plan.columns
                 for factor, at in ((first, where), (second, where + half * plan.columns)):
-                    q = [_float(x >> n) for x in queries.words(at, plan.columns // 2) for n in (0, 16)]
+                    q = [_float(x >> n) for x in queries.words(at, used // 2) for n in (0, 16)]
                     sums = [_fma(factor, a, b) for a, b in zip(q, sums)]
-            target.store(((part + Word(i) * 2) * ROWS + row) * plan.columns, sums, ir.F32Type.get())
+            target.store(
+                ((part + Word(i) * 2) * ROWS + row) * plan.columns,
+                sums + [zero] * (plan.columns - used),
+                ir.F32Type.get(),
+            )
             return carry
 
         utils.warpgroup_barrier()
@@ -213,10 +219,12 @@ class _Bytes:
         return Word(llvm.load(ir.F32Type.get(), self._pointer(at), alignment=4))
 
     def words(self, at: Word, count: int) -> list[Word]:
-        found = []
-        for i in range(0, count, 4):
-            x = llvm.load(ir.VectorType.get((4,), _i32()), self._pointer(at + 2 * i), alignment=16)
-            found += [Word(llvm.extractelement(x, utils.c(j, _i32()))) for j in range(4)]
+        """`count` words, a multiple of 2, from element `at` on."""
+        step, found = 4 if count % 4 == 0 else 2, []
+        for i in range(0, count, step):
+            kind = ir.VectorType.get((step,), _i32())
+            x = llvm.load(kind, self._pointer(at + 4 // self.size * i), alignment=4 * step)
+            found += [Word(llvm.extractelement(x, utils.c(j, _i32()))) for j in range(step)]
         return found
 
     def store(self, at: Word, words: list[Word], kind=None) -> None:

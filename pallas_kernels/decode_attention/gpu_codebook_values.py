@@ -24,7 +24,7 @@ from pallas_kernels.decode_attention.gpu_codebook_tiles import (
     row_numbers,
     value_words,
 )
-from pallas_kernels.decode_attention.gpu_skeleton import At, Plan, flat
+from pallas_kernels.decode_attention.gpu_skeleton import At, Plan, flat, joined
 from pallas_kernels.decode_attention.gpu_tiles import ROWS, full, over_columns, over_rows
 
 STEPS = [slice(i, i + DEPTH) for i in range(0, ROWS, DEPTH)]
@@ -151,5 +151,5 @@ class CodebookValues:
 
     def merge(self, results: list, weight: jax.Array) -> jax.Array:
         acc, zeros = (x[..., : weight.shape[-1]] for x in results)
-        acc = ((acc + zeros[..., None, :]) * weight[:, :, :, None]).sum(2)
+        acc = joined(acc + zeros[..., None, :], weight)
         return in_order(acc.swapaxes(-1, -2))[..., : self.plan.channels]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.formats import Dense
-from pallas_kernels.decode_attention.gpu_skeleton import LOG2E, At, Plan, load_column
+from pallas_kernels.decode_attention.gpu_skeleton import LOG2E, At, Plan, joined, load_column
 from pallas_kernels.decode_attention.gpu_tiles import (
     ROWS,
     WGMMA,
@@ -133,5 +133,5 @@ class DenseValues:
         return [state]
 
     def merge(self, results: list, weight: jax.Array) -> jax.Array:
-        acc = (results[0][..., : weight.shape[-1]] * weight[:, :, :, None]).sum(2)
+        acc = joined(results[0][..., : weight.shape[-1]], weight)
         return acc.swapaxes(-1, -2)[..., : self.plan.channels]

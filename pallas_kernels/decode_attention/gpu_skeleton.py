@@ -35,6 +35,7 @@ A decoder is a frozen dataclass with static fields only (`plan` among them). It 
 # (It checks against the oldest JAX admitted, which lacks what this file is written for.)
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -54,8 +55,8 @@ PROGRAMS = 528  # two for each of two that a multiprocessor of an H100 holds (13
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Static sizes of a call: those of the storage, then R, the columns, splits, chunks in flight; `groups` as above,
-    and the registers that scores may take at once (`columns / 2` per plane)."""
+    """Static sizes of a call: those of the storage, then R, the columns and how many of them queries fill, splits,
+    chunks in flight; `groups` as above, and the registers that scores may take at once (`columns / 2` per plane)."""
 
     layers: int
     batch: int
@@ -65,6 +66,7 @@ class Plan:
     channels: int
     rows: int
     columns: int
+    queries: int
     splits: int
     slots: int
     interpret: Any
@@ -146,7 +148,9 @@ def plan(
     if splits is None:
         splits = max(1, min(-(-PROGRAMS // (batch * heads)), blocks * tokens // SPLIT_TOKENS))
     columns, alive = 8 if group <= 8 else 16, 64 if channels <= 128 else 8
-    return Plan(layers, batch, heads, blocks, tokens, channels, rows, columns, splits, 1, interpret, groups, alive)
+    return Plan(
+        layers, batch, heads, blocks, tokens, channels, rows, columns, group, splits, 1, interpret, groups, alive
+    )
 
 
 def attend(plan: Plan, keys, values, k: Format, v: Format, q, layer, first, last) -> Partial:
@@ -158,11 +162,20 @@ def attend(plan: Plan, keys, values, k: Format, v: Format, q, layer, first, last
     *results, top, total = _call(plan, keys, values, scalars, inputs)
     # Columns that no query fills go first, or XLA makes kernels of their own for that.
     top, total = top[..., :group], total[..., :group]
-    best = top.max(2)
+    best = functools.reduce(jnp.maximum, [top[:, :, i] for i in range(plan.splits)])
     weight = jnp.exp2(top - best[:, :, None])
     acc = values.merge(results, weight)
-    total = (total * weight).sum(2)
+    total = joined(total, weight)
     return Partial(acc, jnp.where(total > 0, best / jnp.float32(LOG2E), jnp.float32(EMPTY)), total)
+
+
+def joined(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The sum of `x[B, K, S, ..., G] * weight[B, K, S, G]` over splits.
+
+    Written out, because XLA makes reductions kernels of their own, one after the other.
+    """
+    weight = weight.reshape(*weight.shape[:3], *(1,) * (x.ndim - 4), weight.shape[3])
+    return functools.reduce(jnp.add, [x[:, :, i] * weight[:, :, i] for i in range(x.shape[2])])
 
 
 def _call(plan: Plan, keys, values, scalars, inputs):
