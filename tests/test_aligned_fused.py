@@ -152,7 +152,7 @@ def test_devices_read_their_heads(monkeypatch):
 def test_steps_by_the_kernel_are_the_references_within_the_budget(monkeypatch):
     """Interpreted on rows of 1 token, of a block and of three; three steps each, over the seal of a block."""
     monkeypatch.setattr(api, "attend_in_part", functools.partial(api.attend_in_part, interpret=True))
-    monkeypatch.setattr(tpu_planes, "UNIT_TOKENS", (128, 128))
+    monkeypatch.setattr(tpu_planes, "UNIT_TOKENS", {0: 128})
     config = ModelConfig(
         layers=1, width=64, mlp_width=96, q_heads=4, kv_heads=2, head_dim=128, vocab=97, initializer_range=0.2
     )

@@ -1,6 +1,6 @@
 """Decode attention on TPU over float16 in bit planes, which does not read the planes that a query does not need.
 
-A unit of 512 or 1024 tokens of one kv head is read to one level; the kernel is in `tpu_planes_kernel`, what happens
+A unit of 512 to 2048 tokens of one kv head is read to one level; the kernel is in `tpu_planes_kernel`, what happens
 around it here.
 
 Why words along tokens, channels on lanes. The TPU's memory is tiled by 8 x 128. An array whose last axis is a channel's
@@ -21,8 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_attention import tpu_planes_kernel
 from pallas_kernels.decode_attention.formats import Format, Partial, Planes, shape_of
 
-UNIT_TOKENS = 512, 1024  # short contexts, and from LONG tokens on; the latter costs less per token
-LONG = 32768
+# By the least tokens of the context: a unit costs about 150 bundles beside its tokens, and is read to the level of the
+# most demanding of them.
+UNIT_TOKENS = {0: 512, 1 << 15: 1024, 1 << 18: 2048}
 CHUNK_UNITS = 8
 CHUNK_BYTES = 2**20  # of keys, or of values; four such are held
 _LANES = 128
@@ -59,7 +60,8 @@ def units(tokens: int, blocks: int, channels: int) -> tuple[int, int, int]:
 
     At least four chunks where there are enough units, so that reading overlaps with computing.
     """
-    size = min(UNIT_TOKENS[blocks * tokens >= LONG] // tokens, blocks)
+    wanted = max(size for start, size in UNIT_TOKENS.items() if blocks * tokens >= start)
+    size = min(wanted // tokens, blocks)
     count = -(-blocks // size)
     fit = CHUNK_BYTES // (2 * size * tokens * channels)
     return size, count, max(1, min(CHUNK_UNITS, count // 4, fit))

@@ -17,7 +17,7 @@ from pallas_kernels.decode_attention import mosaic_tpu, reference, specs, tpu_pl
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
     """Units of two blocks, so that a few blocks make several chunks."""
-    monkeypatch.setattr(tpu_planes, "UNIT_TOKENS", (256, 256))
+    monkeypatch.setattr(tpu_planes, "UNIT_TOKENS", {0: 256})
 
 
 def in_runs(x):
