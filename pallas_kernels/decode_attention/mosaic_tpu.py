@@ -137,7 +137,7 @@ run = tpu_planes.run
 
 def _unrolled(plan: Plan, name: str, x: Format, chip: str) -> Plan:
     tokens = _overlapped(name, x, chip)
-    if isinstance(x, Affine):  # more registers per token
+    if isinstance(x, (Affine, Codebook)):  # more registers per token
         tokens //= plan.rows // SUBLANES * (plan.channels // LANES)
     runs = 1 << (max(1, tokens // plan.run_tokens).bit_length() - 1)
     return dataclasses.replace(plan, unroll=math.gcd(plan.unroll, runs))
@@ -146,10 +146,7 @@ def _unrolled(plan: Plan, name: str, x: Format, chip: str) -> Plan:
 def _overlapped(name: str, x: Format, chip: str) -> int:
     """Tokens that one iteration overlaps: the scheduler gains by more until registers spill, sooner in values."""
     if isinstance(x, Codebook):
-        # Look-ups need many registers, with 2 and 3 bits in float32 the most.
-        if name == "keys" and chip in BF16_ARITHMETIC:
-            return 512 if x.bits == 2 and not x.slots else 1024
-        return 256 if name == "keys" and x.bits < 4 else 1024
+        return 4096
     if not isinstance(x, Affine):
         return 2048 if isinstance(x, Dense) and x.dtype == "float16" else 4096
     groups = x.groups

@@ -1,7 +1,6 @@
 """TPU decoders of codebook storage (KVQuant): keys per channel, rotated on the fly, and values per token."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -11,15 +10,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention import tpu_slots
 from pallas_kernels.decode_attention.formats import Codebook, Rotation, shape_of
 from pallas_kernels.decode_attention.tpu_levels import Levels
-from pallas_kernels.decode_attention.tpu_metadata import split
-from pallas_kernels.decode_attention.tpu_plan import LANES, Operand, Plan
-from pallas_kernels.decode_attention.tpu_rows import SharedRows, SlotRows, block_permutation, float16_of, permute, row
-from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Loaded, Refs, Step, over_runs
-
-ROTATED_RUNS = 8  # whose queries one iteration rotates
+from pallas_kernels.decode_attention.tpu_metadata import HIGH_HALF, by_pieces, halves
+from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES, Operand, Plan
+from pallas_kernels.decode_attention.tpu_rows import LaneOrder, SharedRows, float16_of, row
+from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Loaded, Refs, Step, read_anew
+from pallas_kernels.decode_attention.tpu_slots import KeySlots, SlotWords, ValueSlots
 
 
 def check_codebook(fmt: Codebook) -> None:
@@ -45,6 +42,9 @@ def turned(x: jax.Array) -> jax.Array:
     return jnp.concatenate([b, -a], axis=-1)
 
 
+PIECE = 64  # rows of 128 tokens
+
+
 @dataclasses.dataclass(frozen=True)
 class _Codebook:
     """What keys and values share: levels, and rows of numbers per token."""
@@ -54,7 +54,7 @@ class _Codebook:
 
     @property
     def levels(self) -> Levels:
-        return Levels(self.fmt.bits, self.plan)
+        return Levels(self.fmt.bits, self.plan, rounded=self.per_token)
 
     @property
     def order(self) -> np.ndarray:
@@ -65,41 +65,21 @@ class _Codebook:
         return self.fmt.per == "token"
 
     def _operands(self) -> list[Operand]:
-        """Codes, levels, scale and zero per channel; slots; what brings tokens to `order`."""
+        """Codes, levels, scale and zero per channel."""
         fmt, plan = self.fmt, self.plan
         out = [plan.stored(fmt.codes), _scalars(fmt.levels)]
         if fmt.per == "channel":
             out += [plan.per_head(fmt.scale), plan.per_head(fmt.zero)]
-        if fmt.slots:
-            out += [SlotRows(x, plan).operand() for x in (fmt.slot_channel, fmt.slot_residual)]
-        return [*out, plan.constant(jnp.asarray(block_permutation(self.order, plan.tokens), jnp.bfloat16))]
+        return out
 
     @property
-    def _counts(self) -> tuple[int, int]:
-        """Operands before slots, and of `_operands()`."""
-        start = 2 + 2 * (self.fmt.per == "channel")
-        return start, start + 2 * bool(self.fmt.slots) + 1
+    def _count(self) -> int:
+        """Of `_operands()`."""
+        return 2 + 2 * (self.fmt.per == "channel")
 
-    def _slot_scratch(self, rows: int) -> list[Any]:
-        """Two of words, and one of `rows` numbers per slot and token."""
-        if not self.fmt.slots:
-            return []
-        words = [SlotRows(x, self.plan).scratch() for x in (self.fmt.slot_channel, self.fmt.slot_residual)]
-        shape = (rows * self.fmt.slots, self.plan.chunk_blocks, self.plan.tokens)
-        return [*words, pltpu.VMEM(shape, jnp.int32)]
-
-    def _slots(self, operands: Refs, scratch: Refs, step: Step) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Channel int32 and residual float32 of the chunk's slots in `order`, `[chunk_blocks, T]` each."""
-        arrays = (self.fmt.slot_channel, self.fmt.slot_residual)
-        channel, residual = (
-            SlotRows(x, self.plan).read(ref, words, step) for x, ref, words in zip(arrays, operands[:2], scratch[:2])
-        )
-        channel = [lax.shift_right_logical(x, jnp.full_like(x, 24)) for x in channel]
-        residual = [float16_of(x) for x in residual]
-        if not self.levels.bytes:
-            return channel, residual
-        rows = permute([*(x.astype(jnp.float32) for x in channel), *residual], operands[2][...])
-        return [x.astype(jnp.int32) for x in rows[: len(channel)]], rows[len(channel) :]
+    @property
+    def _words(self) -> SlotWords:
+        return SlotWords(self.fmt, self.plan, self.order)
 
     def _table_scratch(self) -> Any:
         rows, dtype = self.levels.table_shape
@@ -149,80 +129,81 @@ class CodebookKeys(_Codebook):
         run = self._place(jnp.arange(plan.runs, dtype=jnp.int32) * plan.run_tokens)
         cos, sin = self.rotation.angles(self._place(jnp.asarray(self.order, jnp.int32)))  # of the tokens within a run
         wide = [jnp.concatenate([x, x], axis=-1).astype(self.levels.dtype) for x in (cos, sin)]
-        out += [plan.per_chunk(start), plan.constant(jnp.concatenate(self.rotation.angles(run), axis=-1)[:, None])]
-        out += [plan.constant(x) for x in wide]
+        out += [plan.per_chunk(start), *(plan.constant(x) for x in wide)]
+        out += [plan.constant(jnp.concatenate([x, x], axis=-1)) for x in self.rotation.angles(run)]
         if self.fmt.slots:
-            out += [plan.constant(x.T.astype(jnp.bfloat16)) for x in (cos, sin)]
+            block = self._place(jnp.arange(plan.chunk_blocks, dtype=jnp.int32) * plan.tokens)
+            out += self._slots.operands(cos[: plan.tokens], sin[: plan.tokens], *self.rotation.angles(block))
         return out
+
+    @property
+    def _slots(self) -> KeySlots:
+        return KeySlots(self._words)
 
     def _place(self, token: jax.Array) -> jax.Array:
         assert self.rotation is not None
         return self.rotation.place(token, self.plan.tokens)
 
     def scratch(self) -> list[Any]:
+        """Table; of q and J(q): halves for each run of an iteration, and float32 at the chunk's start; slots."""
         plan = self.plan
-        runs = plan.runs if self.rotation is not None else 1
-        queries = pltpu.VMEM((runs, 4 * plan.rows, plan.channels), jnp.bfloat16)  # as `_query_rows` has them
-        return [self._table_scratch(), queries, *self._slot_scratch(4)]
+        rotated = [
+            pltpu.VMEM((2, plan.unroll, 2 * plan.rows, plan.channels), jnp.bfloat16),
+            *(pltpu.VMEM((plan.rows, plan.channels), jnp.float32) for _ in range(2)),
+        ]
+        return [self._table_scratch(), *rotated, *(self._slots.scratch() if self.fmt.slots else [])]
 
-    @property
-    def _joint_slots(self) -> int:
-        """Slots that one product takes: as deep as the matrix unit is."""
-        return 2 if self.plan.chip in ("v6e", "7x") and self.plan.channels <= LANES else 1
-
-    def _split(self, refs: Refs) -> tuple[Refs, Refs, Refs]:
-        """Refs of `_operands()`, of the rotation, and scratch."""
-        count = self._counts[1]
-        rotation = 0 if self.rotation is None else 4 + 2 * bool(self.fmt.slots)
-        return refs[:count], refs[count : count + rotation], refs[count + rotation :]
+    def _split(self, refs: Refs) -> tuple[Refs, Refs, Refs, Refs]:
+        """Refs of `_operands()`, of the rotation, of the slots, and scratch."""
+        ends = [self._count]
+        ends.append(ends[0] + (0 if self.rotation is None else 5))
+        ends.append(ends[1] + (self._slots.count if self.fmt.slots else 0))
+        return refs[: ends[0]], refs[ends[0] : ends[1]], refs[ends[1] : ends[2]], refs[ends[2] :]
 
     def start(self, refs: Refs, q: jax.Array) -> None:
-        stored, _, scratch = self._split(refs)
+        stored, _, _, scratch = self._split(refs)
         self._make_table(stored, scratch[0])
         if self.rotation is None:
-            scratch[1][0] = _query_rows(q, turned(q))
+            scratch[1][0, 0] = halves(q)
 
     def chunk(self, refs: Refs, step: Step, q: jax.Array) -> None:
-        stored, rotation, scratch = self._split(refs)
-        if self.fmt.slots:
-            channel, residual = self._slots(stored[self._counts[0] :], scratch[2:], step)
-            for i, x in enumerate(tpu_slots.key_rows(channel, residual, self.plan.channels)):
-                scratch[4][i] = x
+        _, rotation, slots, scratch = self._split(refs)
         if not rotation:
             return
         cos, sin = _both_halves(rotation[0][...])
         q = q * cos - turned(q) * sin
-        back = turned(q)
+        scratch[2][...], scratch[3][...] = q, turned(q)
+        if self.fmt.slots:
+            self._slots.chunk(slots, scratch[4:], step, scratch[2:4])
 
-        def rotate(run, place, carry):
-            cos, sin = _both_halves(rotation[1][run])
-            scratch[1][run] = _query_rows(q * cos + back * sin, back * cos - q * sin)
-            return carry
-
-        over_runs(dataclasses.replace(self.plan, unroll=math.gcd(self.plan.runs, ROTATED_RUNS)), rotate, 0)
-
-    def scores(self, refs: Refs, run: jax.Array) -> jax.Array:
-        stored, rotation, scratch = self._split(refs)
+    def prepare(self, refs: Refs, i: jax.Array, q: jax.Array) -> None:
+        """Queries rotated to the start of each run of an iteration."""
+        _, rotation, _, scratch = self._split(refs)
+        if not rotation:
+            return
         plan = self.plan
-        q = scratch[1][run if rotation else 0]
-        two = 2 * plan.rows
-        rows = [q[:two], q[two:]] if rotation else [q[:two]]
-        score = jnp.zeros((two, plan.run_tokens), jnp.float32)
+        for place in range(plan.unroll):
+            run = i * plan.unroll + place
+            q, back = (read_anew(scratch[2 + n], run, plan) for n in range(2))
+            cos, sin = (x[pl.ds(run, 1)] for x in rotation[3:])
+            scratch[1][0, place] = halves(q * cos + back * sin)
+            scratch[1][1, place] = halves(back * cos - q * sin)
+
+    def scores(self, refs: Refs, run: jax.Array, place: int) -> jax.Array:
+        stored, rotation, _, scratch = self._split(refs)
+        plan = self.plan
+        rows = [scratch[1][i, place] for i in range(2)] if rotation else [scratch[1][0, 0]]
+        score = jnp.zeros((2 * plan.rows, plan.run_tokens), jnp.float32)
         for i, keys in enumerate(self._values(scratch[0], stored[0], run)):
             lanes = slice(i * LANES, min((i + 1) * LANES, plan.channels))
-            turned_keys = [keys * x[:, lanes] for x in rotation[2:4]] if rotation else [keys]
+            turned_keys = [keys * read_anew(x, run, plan)[:, lanes] for x in rotation[1:3]] if rotation else [keys]
             left, right = [a[:, lanes] for a in rows], [b.astype(jnp.bfloat16) for b in turned_keys]
             if self.levels.bytes and plan.channels % LANES == 0:  # one product of twice the depth
                 left, right = [jnp.concatenate(left, axis=1)], [jnp.concatenate(right, axis=1)]
             for a, b in zip(left, right):
                 score += lax.dot_general(a, b, CONTRACT_LANES, preferred_element_type=jnp.float32)
         score = score[: plan.rows] + score[plan.rows :]
-        if not self.fmt.slots:
-            return score
-        cos, sin = (pltpu.bitcast(x[...], jnp.int32) for x in rotation[4:6])
-        numbers = [row(scratch[4], (i,), run * plan.unit, plan.unit) for i in range(4 * self.fmt.slots)]
-        high = jnp.concatenate([q[: plan.rows], q[two : two + plan.rows]], axis=0)
-        return score + tpu_slots.key_scores(numbers, high, cos, sin, self._joint_slots)
+        return score + self._slots.scores(scratch[4:], run) if self.fmt.slots else score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,67 +212,104 @@ class CodebookValues(_Codebook):
 
     def scratch(self) -> list[Any]:
         plan = self.plan
-        out = [self._table_scratch(), *self._slot_scratch(3)]
+        """Table; scale, zero, words of both on the way there, and where the chunk's first block is; slots."""
+        plan, rows = self.plan, self._scale_rows
+        out = [self._table_scratch()]
         if self.per_token:
-            out += [pltpu.VMEM((SharedRows(plan).rows, plan.tokens), jnp.float32)] * 2 + [pltpu.SMEM((1,), jnp.int32)]
-        return out
+            out += [pltpu.VMEM((rows, plan.tokens), jnp.float32)] * 2
+            out += [pltpu.VMEM((plan.tokens // LANES, rows, LANES), jnp.int32), pltpu.SMEM((1,), jnp.int32)]
+        return out + (self._slots.scratch() if self.fmt.slots else [])
+
+    @property
+    def _scale_rows(self) -> int:
+        rows = SharedRows(self.plan).rows
+        size = PIECE if rows > PIECE else SUBLANES
+        return pl.cdiv(rows, size) * size
+
+    @property
+    def _lanes(self) -> LaneOrder:
+        return LaneOrder(self.order, self.plan.tokens)
+
+    @property
+    def _slots(self) -> ValueSlots:
+        return ValueSlots(self._words)
 
     def accumulators(self) -> list[tuple[int, int]]:
-        """Weighted levels and slots; weights times zeros, not yet summed over tokens."""
-        return [(self.plan.rows, self.plan.channels), (self.plan.rows, self.plan.run_tokens)]
+        """Weighted levels; weights times zeros, not yet summed over tokens; slots."""
+        out = [(self.plan.rows, self.plan.channels), (self.plan.rows, self.plan.run_tokens)]
+        return out + ([self._slots.shape] if self.fmt.slots else [])
+
+    def zeros(self) -> Loaded:
+        """What is carried: all but the slots."""
+        return tuple(jnp.zeros(shape, jnp.float32) for shape in self.accumulators()[:2])
 
     def operands(self) -> list[Operand]:
         out = self._operands()
         if self.per_token:
             shared = SharedRows(self.plan)
             out += [*shared.operands(self.fmt.scale), *shared.operands(self.fmt.zero)]
-        return out
+            out += self._lanes.operands(self.plan)
+        return out + (self._words.operands() if self.fmt.slots else [])
 
-    def _split(self, refs: Refs) -> tuple[Refs, Refs, Refs, Refs]:
-        """Refs of `_operands()`, of scale, of zero, and scratch."""
-        count, windows = self._counts[1], SharedRows(self.plan).windows * self.per_token
-        ends = (count, count + windows, count + 2 * windows)
-        return refs[:count], refs[count : ends[1]], refs[ends[1] : ends[2]], refs[ends[2] :]
+    def _split(self, refs: Refs) -> tuple[Refs, ...]:
+        """Refs of `_operands()`, of scale, zero, what brings them to `order`, slots; scratch, and that of slots."""
+        windows = SharedRows(self.plan).windows * self.per_token
+        lanes = int(self.per_token and not self._lanes.natural)
+        sizes = [self._count, windows, windows, lanes, self._words.count if self.fmt.slots else 0]
+        sizes.append(1 + 4 * self.per_token)
+        parts, at = [], 0
+        for size in sizes:
+            parts.append(refs[at : at + size])
+            at += size
+        return (*parts, refs[at:])
 
     def start(self, refs: Refs) -> None:
-        self._make_table(refs, self._split(refs)[3][0])
+        self._make_table(refs, self._split(refs)[5][0])
 
     def chunk(self, refs: Refs, step: Step) -> None:
-        stored, scale, zero, scratch = self._split(refs)
+        _, scale, zero, lanes, slots, scratch, slot_scratch = self._split(refs)
         if self.fmt.slots:
-            channel, residual = self._slots(stored[self._counts[0] :], scratch[1:], step)
-            for i, x in enumerate(tpu_slots.value_rows(channel, residual)):
-                scratch[3][i] = x
+            self._slots.chunk(slots, slot_scratch, step)
         if self.per_token:
-            shared = SharedRows(self.plan)
-            rows = [float16_of(shared.read(x)) for x in (scale, zero)]
-            if self.levels.bytes:
-                rows = permute(rows, stored[-1][...])
-            scratch[-3][...], scratch[-2][...] = rows
-            scratch[-1][0] = shared.offset(step)
+            self._scales(scale, zero, lanes, scratch, step)
+
+    def _scales(self, scale: Refs, zero: Refs, lanes: Refs, scratch: Refs, step: Step) -> None:
+        """Scale and zero of each token, in order, as float32 into scratch."""
+        shared, words = SharedRows(self.plan), scratch[3]
+        scratch[4][0] = shared.offset(step)
+        low = shared.read(zero)
+        both = shared.read(scale) | lax.shift_right_logical(low, jnp.full_like(low, 16))
+        for n in range(words.shape[0]):
+            words[n, : both.shape[0]] = both[:, n * LANES : (n + 1) * LANES]
+
+        def piece(first, size):
+            for n in range(words.shape[0]):
+                word = self._lanes.take(lanes, words, n, first, size)
+                for ref, bits in zip(scratch[1:3], (word & HIGH_HALF, word << 16)):
+                    ref[pl.ds(first, size), n * LANES : (n + 1) * LANES] = float16_of(bits)
+
+        by_pieces(self._scale_rows, PIECE // words.shape[0], piece)
 
     def add(self, refs: Refs, run: jax.Array, p: jax.Array, sums: Loaded) -> Loaded:
-        stored, _, _, scratch = self._split(refs)
+        stored, _, _, _, _, scratch, slot_scratch = self._split(refs)
         block, unit = run * self.plan.unit, self.plan.unit
         weights, zeros = p, sums[1]
         if self.per_token:
-            scale, zero = (row(x, (), block + scratch[-1][0], unit) for x in scratch[-3:-1])
+            scale, zero = (row(x, (), block + scratch[4][0], unit) for x in scratch[1:3])
             weights, zeros = p * scale, zeros + p * zero
         weights, levels = weights.astype(jnp.bfloat16), self._values(scratch[0], stored[0], run)
         parts = [jnp.dot(weights, x.astype(jnp.bfloat16), preferred_element_type=jnp.float32) for x in levels]
         total = sums[0] + jnp.concatenate(parts, axis=1)
         if self.fmt.slots:
-            numbers = [row(scratch[3], (i,), block, unit) for i in range(3 * self.fmt.slots)]
-            total += tpu_slots.value_sums(numbers, p, self.plan.channels)
+            self._slots.keep(slot_scratch, run, p)
         return total, zeros
 
+    def collect(self, refs: Refs, sums: Loaded) -> Loaded:
+        return (*sums, self._slots.sums(self._split(refs)[-1])) if self.fmt.slots else sums
+
     def finish(self, refs: Refs, sums: Loaded) -> jax.Array:
-        return sums[0] + jnp.sum(sums[1], axis=1, keepdims=True)
-
-
-def _query_rows(q: jax.Array, back: jax.Array) -> jax.Array:
-    """`[4 R, H]` bfloat16: q and J(q), each as a sum of two: rows of a matrix product cost nothing here."""
-    return jnp.concatenate([*split(q), *split(back)], axis=0)
+        out = sums[0] + jnp.sum(sums[1], axis=1, keepdims=True)
+        return out + self._slots.finish(sums[2]) if self.fmt.slots else out
 
 
 def _both_halves(angle: jax.Array) -> list[jax.Array]:

@@ -3,11 +3,11 @@
 Channels are on lanes, so every channel may have a table of its own at no cost: scale and zero per channel are part of
 it. Two ways, as the chips differ:
 
-* float32, any chip: a gather takes one of 8 float32 rows for each of 8 tokens; 4 bits take two and a select. (Gathers
-  along lanes, by another unit, cost more than they relieve: tried on v5p for 1, 2 and 3 registers of 4.)
-* bytes, v6e and 7x: a gather takes one of 32 byte rows for each of 32 bytes. Two tokens stand in the halves of a
-  word; their codes, copied to both bytes of a half, fetch the low and the high byte of a bfloat16, which needs no
-  conversion then. All up to 4 bits cost the same.
+* float32, any chip: a gather takes one of 8 float32 rows for each of 8 tokens; 4 bits take two and a select, or one
+  whose rows hold two levels. (Gathers along lanes, by another unit, cost more than they relieve: tried on v5p.)
+* bytes, v6e and 7x: a gather takes one of 32 byte rows for each of 32 bytes: the low and the high bytes of bfloat16,
+  which need no conversion then. Codes of 4 (or 2) bits are bytes after a shift and an `and`, and fetch low and high
+  bytes apart; two codes of 3 bits in the halves of a word are copied to both bytes of a half.
 """
 
 import dataclasses
@@ -20,9 +20,11 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import packing
+from pallas_kernels.decode_attention.tpu_metadata import HIGH_HALF, MAGNITUDE
 from pallas_kernels.decode_attention.tpu_plan import SUBLANES, Plan
 
 BYTE_ROWS = 32
+TINY = 1 << 24  # the bits of 2**-125 as float32
 Load = Callable[[int, int, int], jax.Array]  # load(block of the run, first row, rows) -> uint32 [rows, lanes]
 
 
@@ -50,10 +52,13 @@ class Levels:
     Attributes:
       bits: 1 to 4.
       bytes: whether bytes are gathered, so that values are bfloat16; float32 otherwise.
+      rounded: whether levels may be rounded to bfloat16, so that one float32 holds two of 16; not where values will be
+        multiplied and rounded again.
     """
 
     bits: int
     plan: Plan
+    rounded: bool = True
 
     @property
     def cells(self) -> int:
@@ -64,41 +69,61 @@ class Levels:
         return self.plan.chip in ("v6e", "7x") and self.cells % SUBLANES == 0
 
     @property
+    def _unpacked(self) -> bool:
+        """Whether codes are unpacked from bytes, by conversions: a shift and an `and` for four registers of them."""
+        return not self.bytes and self.bits in (2, 4) and self.cells % SUBLANES == 0
+
+    @property
+    def natural(self) -> bool:
+        """Whether `order` is that of the tokens."""
+        return not self.bytes and not self._unpacked
+
+    @property
     def dtype(self) -> jnp.dtype:
         return jnp.dtype(jnp.bfloat16 if self.bytes else jnp.float32)
 
     @property
     def table_shape(self) -> tuple[int, jnp.dtype]:
         """Rows and dtype of a table."""
-        return (BYTE_ROWS, jnp.int8) if self.bytes else (max(SUBLANES, 2**self.bits), jnp.float32)
+        if self.bytes:
+            return (BYTE_ROWS if self.bits == 3 else 2 * BYTE_ROWS, jnp.int8)
+        return (2 * SUBLANES if self.bits == 4 and not self.rounded else SUBLANES), jnp.float32
 
     @property
     def order(self) -> np.ndarray:
         """`[run_tokens]`: which token of the run stands at each position."""
-        if not self.bytes:
+        if self.natural:
             return np.arange(self.plan.run_tokens)
+        if self._unpacked:
+            shifts = np.arange(0, 8, self.bits)
+            sizes = (self.plan.unit, self.cells // SUBLANES, len(shifts), SUBLANES, 4)
+            block, v, shift, row, byte = np.meshgrid(*(np.arange(n) for n in sizes), indexing="ij")
+            field = (8 * byte + shifts[shift]) // self.bits
+            return (block * self.plan.tokens + field * self.cells + v * SUBLANES + row).ravel()
         return np.concatenate([tokens for _, tokens in self._pairs(None)])
 
     def table(self, levels: list[jax.Array]) -> jax.Array:
         """The table of values `levels[code]`, each `[1, H]` float32."""
         if not self.bytes:
-            rows = levels + levels[-1:] * (self.table_shape[0] - len(levels))
-            return jnp.concatenate(rows, axis=0)
+            if self.bits == 4 and self.rounded:
+                levels = [_two(*pair) for pair in zip(levels[:SUBLANES], levels[SUBLANES:])]
+            return jnp.concatenate(levels + levels[-1:] * (self.table_shape[0] - len(levels)), axis=0)
         word = [pltpu.bitcast(x.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32) for x in levels]
         low, high = ([(x >> s) & 0xFF for x in word] for s in (16, 24))
-        fill = [low[0]]
         if self.bits == 3:  # as `_index` numbers them
             rows = [x for pair in zip(low, high) for x in pair] + low + high
         else:
-            short = 16 - len(levels)
-            rows = low + fill * short + high + fill * short
+            fill = [low[0]] * (BYTE_ROWS - len(levels))
+            rows = [*low, *fill, *high, *fill]
         return jnp.concatenate(rows, axis=0).astype(jnp.int8)
 
     def values(self, table: jax.Array, load: Load) -> list[jax.Array]:
-        """The run's values in `order`, `[8, lanes]` float32 or `[16, lanes]` bfloat16 each."""
+        """The run's values in `order`, whole registers of float32 or `[16, lanes]` bfloat16 each."""
         if not self.bytes:
-            codes = [x for block in range(self.plan.unit) for x in self._natural(load, block)]
-            return [self._look_up(table, x) for x in codes]
+            find = self._of_bytes if self._unpacked else self._of_fields
+            return [x for block in range(self.plan.unit) for x in find(table, load, block)]
+        if self.bits != 3:
+            return [x for block in range(self.plan.unit) for x in self._of_planes(table, load, block)]
         gathered = [
             _take(table, pltpu.bitcast(self._index(pair), jnp.int8))
             for pair, _ in self._pairs(load)
@@ -106,9 +131,34 @@ class Levels:
         ]
         return [pltpu.bitcast(x, jnp.bfloat16) for x in gathered]
 
+    # float32 gathers, codes unpacked from bytes: four tokens of a word on neighbouring sublanes.
+
+    def _of_bytes(self, table: jax.Array, load: Load, block: int) -> list[jax.Array]:
+        out = []
+        for v in range(0, self.cells, SUBLANES):
+            words = load(block, v, SUBLANES)
+            for shift in range(0, 8, self.bits):
+                index = self._unpack(words, shift, min(7, 2**self.bits - 1))
+                fourth = self._unpack(words, shift - 1, 16) if self.bits == 4 else None
+                for i in range(0, 4 * SUBLANES, SUBLANES):
+                    value = _take(table[:SUBLANES], index[i : i + SUBLANES])
+                    if fourth is not None:
+                        second = fourth[i : i + SUBLANES]  # 16 for codes from 8 on
+                        if self.rounded:  # the lower half is to be the upper one
+                            value = pltpu.bitcast(pltpu.bitcast(value, jnp.int32) << second, jnp.float32)
+                        else:
+                            value = jnp.where(second == 0, value, _take(table[SUBLANES:], index[i : i + SUBLANES]))
+                    out.append(value)
+        return out
+
+    def _unpack(self, words: jax.Array, shift: int, mask: int) -> jax.Array:
+        """int32 `[32, lanes]` of the bytes of `words[8, lanes]`."""
+        words = words >> jnp.uint32(shift) if shift >= 0 else words << jnp.uint32(-shift)
+        return pltpu.bitcast(words & jnp.uint32(mask * 0x01010101), jnp.int8).astype(jnp.int32)
+
     # float32 gathers, tokens in natural order.
 
-    def _natural(self, load: Load, block: int) -> list[jax.Array]:
+    def _of_fields(self, table: jax.Array, load: Load, block: int) -> list[jax.Array]:
         if self.cells >= SUBLANES:
             words = [
                 [load(block, i * self.cells + v, SUBLANES) for v in range(0, self.cells, SUBLANES)]
@@ -121,7 +171,8 @@ class Levels:
             # Four cells: two fields share the eight sublanes, so the words are there twice.
             twice = [jnp.concatenate([load(block, 4 * i, 4)] * 2, axis=0) for i in range(len(_words(self.bits)))]
             codes = [self._two_fields(field, twice) for field in self._fields()[::2]]
-        return codes
+        mask = jnp.uint32(2**self.bits - 1)
+        return [_take(table, pltpu.bitcast(code & mask, jnp.int32)) for code in codes]
 
     def _fields(self) -> range:
         return range(packing.codes_per_cell(self.bits))
@@ -145,20 +196,26 @@ class Levels:
                 return words[word.index] >> shift
         return jnp.where(upper, self._field(field, words), self._field(field + 1, words))
 
-    def _look_up(self, table: jax.Array, code: jax.Array) -> jax.Array:
-        index = pltpu.bitcast(code & jnp.uint32(min(7, 2**self.bits - 1)), jnp.int32)
-        value = _take(table[:SUBLANES], index)
-        if self.bits < 4:
-            return value
-        return jnp.where((code & jnp.uint32(8)) == 0, value, _take(table[SUBLANES:], index))
-
     # Byte gathers, two tokens of a word together.
 
+    def _of_planes(self, table: jax.Array, load: Load, block: int) -> list[jax.Array]:
+        """The codes of a word's bytes at once: low bytes of four tokens, high bytes, and both brought together."""
+        out, upper = [], jnp.uint32(0xFF00FF00)
+        for v in range(0, self.cells, SUBLANES):
+            words, even, odd = load(block, v, SUBLANES), [], []
+            for shift in range(0, 8, self.bits):
+                index = pltpu.bitcast(
+                    (words >> jnp.uint32(shift)) & jnp.uint32((2**self.bits - 1) * 0x01010101), jnp.int8
+                )
+                low, high = (pltpu.bitcast(_take(x, index), jnp.uint32) for x in (table[:BYTE_ROWS], table[BYTE_ROWS:]))
+                even.append((low & ~upper) | ((high << jnp.uint32(8)) & upper))
+                odd.append(((low >> jnp.uint32(8)) & ~upper) | (high & upper))
+            out += even + odd
+        return [pltpu.bitcast(x, jnp.bfloat16) for x in out]
+
     def _index(self, pair: jax.Array) -> jax.Array:
-        """Table rows, in bytes, of two codes 16 bits apart (15 at 3 bits)."""
-        if self.bits == 3:  # 2c, 2c + 1 for the first, 16 + c, 24 + c for the second
-            return pair * jnp.uint32(0x0202) + jnp.uint32(0x18100100)
-        return pair * jnp.uint32(0x0101) + jnp.uint32(0x10001000)  # c, 16 + c
+        """Table rows, in bytes, of two codes of 3 bits, 15 bits apart: 2c, 2c + 1 for the first, 16 + c, 24 + c."""
+        return pair * jnp.uint32(0x0202) + jnp.uint32(0x18100100)
 
     def _pairs(self, load: Load | None) -> list[tuple[jax.Array | None, np.ndarray]]:
         """Two codes per word, `[8, lanes]`, and the 16 tokens they are; None for the words without `load`."""
@@ -197,6 +254,16 @@ class Levels:
             high = (words[1] >> jnp.uint32(31)) | ((words[2] & jnp.uint32(3)) << one)
             pair = low | (high << jnp.uint32(15))
         return [(pair, np.stack([10 * self.cells + cell, 21 * self.cells + cell], axis=1).reshape(-1))]
+
+
+def _two(upper: jax.Array, lower: jax.Array) -> jax.Array:
+    """float32 that rounds to `upper` as bfloat16, and whose lower half is `lower` as bfloat16."""
+    # Adding 0 leaves no -0, whose bits are half a unit of the upper half.
+    upper, low = (pltpu.bitcast((x + 0.0).astype(jnp.bfloat16).astype(jnp.float32), jnp.int32) for x in (upper, lower))
+    low = lax.shift_right_logical(low, jnp.full_like(low, 16))
+    nearest = (upper - low + 0x8000) & HIGH_HALF
+    # Next to 0 there is none on the other side.
+    return pltpu.bitcast(jnp.where((upper & MAGNITUDE) < TINY, 0, nearest) | low, jnp.float32)
 
 
 def _take(table: jax.Array, index: jax.Array) -> jax.Array:

@@ -116,6 +116,12 @@ def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
+def halves(x: jax.Array) -> jax.Array:
+    """bfloat16 `[2 * R, n]` of float32 `[R, n]`: the upper halves, and below them what they lack, 16 bits together."""
+    high = pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & HIGH_HALF, jnp.float32)
+    return jnp.concatenate([high, x - high], axis=0).astype(jnp.bfloat16)
+
+
 def by_copy(rows: list[jax.Array], height: int) -> jax.Array:
     """`[height, n]` of d rows `[1, n]`, each on `height / d` sublanes."""
     out = jnp.broadcast_to(rows[0], (height, rows[0].shape[1]))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.decode_attention.formats import Codebook, Format, shape_of
+from pallas_kernels.decode_attention.formats import Format, shape_of
 
 LANES = 128
 SUBLANES = 8
@@ -155,12 +155,7 @@ def make_plan(k: Format, v: Format, group: int, chip: str, chunk_tokens: int = 0
     width = 256 if chip in BF16_ARITHMETIC else 128  # tokens that one matrix unit takes at a time
     unit = min(max(1, width // tokens), blocks)
     if not chunk_tokens:
-        # A step costs some 400 bundles however long it is: little beside look-ups, which gain nothing by longer ones.
-        chunk_bytes = CHUNK_BYTES // 2 if isinstance(k, Codebook) else CHUNK_BYTES
-        chunk_tokens = chunk_bytes * 8 // (channels * (_bits(k) + _bits(v)))
-        # Numbers of slots are made for a whole chunk at once: with more tokens, registers spill.
-        slots = isinstance(k, Codebook) and k.slots > 0
-        chunk_tokens = min(chunk_tokens, CHUNK_TOKENS // 2 if slots else CHUNK_TOKENS)
+        chunk_tokens = min(CHUNK_BYTES * 8 // (channels * (_bits(k) + _bits(v))), CHUNK_TOKENS)
         # A short context is cut in at least four, so that fetching and computing overlap.
         chunk_tokens = min(chunk_tokens, max(512, blocks * tokens // 4))
     runs = max(1, min(chunk_tokens // (unit * tokens), blocks // unit))

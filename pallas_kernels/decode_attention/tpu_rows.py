@@ -24,11 +24,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.tpu_metadata import float32, float_scratch, split
-from pallas_kernels.decode_attention.tpu_plan import LANES, Operand, Plan, divided
+from pallas_kernels.decode_attention.tpu_metadata import by_pieces, float32, float_scratch, take_lanes
+from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES, Operand, Plan, divided
 from pallas_kernels.decode_attention.tpu_skeleton import Refs, Step
 
 TILE = 16  # rows of a tile of 16-bit numbers
+FILLED_PIECE = 64  # rows of 128 tokens
 
 
 def float16_of(high: jax.Array) -> jax.Array:
@@ -36,15 +37,49 @@ def float16_of(high: jax.Array) -> jax.Array:
     return pltpu.bitcast((high >> 3) & jnp.int32(~0x70000000), jnp.float32) * jnp.float32(2.0**112)
 
 
-def permute(rows: list[jax.Array], matrix: jax.Array) -> list[jax.Array]:
-    """Tokens of float32 `[n, T]` brought to another order by a 0/1 matrix; exact to 16 bits."""
-    count = rows[0].shape[0]
-    both = jnp.concatenate([x for row in rows for x in split(row)], axis=0)
-    both = jnp.dot(both, matrix, preferred_element_type=jnp.float32)
-    return [
-        both[2 * i * count : (2 * i + 1) * count] + both[(2 * i + 1) * count : (2 * i + 2) * count]
-        for i in range(len(rows))
-    ]
+@dataclasses.dataclass(frozen=True)
+class LaneOrder:
+    """Brings the tokens of each block to a decoder's order, by gathers along lanes.
+
+    Attributes:
+      order: `[run_tokens]`, as of a decoder; the same in every block.
+      tokens: T.
+    """
+
+    order: np.ndarray
+    tokens: int
+
+    @property
+    def tiles(self) -> int:
+        return self.tokens // LANES
+
+    @property
+    def natural(self) -> bool:
+        return np.array_equal(self.order, np.arange(self.order.size))
+
+    def operands(self, plan: Plan) -> list[Operand]:
+        if self.natural:
+            return []
+        order = self.order.reshape(-1, self.tokens)
+        assert (order == order[:1] + np.arange(len(order))[:, None] * self.tokens).all()
+        order = np.broadcast_to(order[0].reshape(self.tiles, 1, LANES), (self.tiles, SUBLANES, LANES))
+        return [plan.constant(jnp.asarray(order, jnp.int32))]
+
+    def take(self, refs: Refs, words: Any, tile: int, first: Any, size: int) -> jax.Array:
+        """Rows `first`, ... of `words[T/128, n, 128]` in order: whole registers `[size, 128]`.
+
+        Args:
+          refs: of `operands()`.
+        """
+        rows = pl.ds(first, size)
+        if self.natural:
+            return words[tile, rows]
+        order = jnp.concatenate([refs[0][tile]] * (size // SUBLANES), axis=0)
+        lane = order & (LANES - 1)
+        out = take_lanes(words[0, rows], lane)
+        for n in range(1, self.tiles):
+            out = jnp.where(order < n * LANES, out, take_lanes(words[n, rows], lane))
+        return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,46 +206,58 @@ class SlotRows:
         inner = (pl.Element(slots), pl.Element(self._window), pl.Element(tokens))
         return Operand(array, pl.BlockSpec((squeezed, squeezed, squeezed, *inner), index))
 
+    @property
+    def _as_they_are(self) -> bool:
+        """Few heads, or an odd number: rows do not stand in words with others."""
+        return not self.heads_on_sublanes and self.slots % self.per_word != 0
+
     def scratch(self) -> Any:
         # Rows are read with a stride, which takes arrays of one register's lanes.
         tiles = self.array.shape[-1] // LANES
         if self.blocks_on_sublanes:
-            return pltpu.VMEM((tiles, self._window, LANES), jnp.int32)
+            return pltpu.VMEM((self.slots * tiles, self._window, LANES), jnp.int32)
         return pltpu.VMEM((tiles, max(self._rows, 1) * self.plan.chunk_blocks, LANES), jnp.int32)
 
     def read(self, ref: Any, words: Any, step: Step) -> list[jax.Array]:
         """Per slot int32 `[chunk_blocks, T]`, the number in the upper bits. `words` is the scratch."""
-        bits, blocks, head = 32 // self.per_word, self.plan.chunk_blocks, step.head
-        if self.blocks_on_sublanes:
-            return [self._of_window(ref[s].astype(jnp.int32) << (32 - bits), words, step) for s in range(self.slots)]
-        if not self.heads_on_sublanes and self.slots % self.per_word:
-            # Few heads, or an odd number: rows as they are.
-            x = ref[...].astype(jnp.int32) << (32 - bits)
-            return [x[:, s] for s in range(self.slots)]
-        tiles = range(words.shape[0])
-        flat = pltpu.bitcast(ref[...].reshape(-1, self.array.shape[-1]), jnp.int32)
-        for i in tiles:
-            words[i] = flat[:, i * LANES : (i + 1) * LANES]
-        out = []
-        for s in range(self.slots):
-            if self.heads_on_sublanes:
-                group = lax.div(head, jnp.int32(self.per_word))
-                row = s * (self.plan.heads // self.per_word) + group
-                shift = (self.per_word - 1 - (head - group * self.per_word)) * bits
-            else:
-                row = jnp.int32(s // self.per_word)
-                shift = jnp.int32((self.per_word - 1 - s % self.per_word) * bits)
-            rows = pl.ds(row, blocks, stride=self._rows) if self._rows > 1 else slice(None)
-            x = jnp.concatenate([words[i, rows] for i in tiles], axis=1)
-            out.append((x << shift) & jnp.int32(-(1 << (32 - bits))))
-        return out
+        self.fill(ref, words)
+        return [self.rows(ref, words, step, s, 0, self.plan.chunk_blocks) for s in range(self.slots)]
 
-    def _of_window(self, x: jax.Array, words: Any, step: Step) -> jax.Array:
-        """The chunk's rows of a window's, through scratch: they may begin within a tile."""
-        chunk = pl.ds(step.block - self._first(step.block), self.plan.chunk_blocks)
-        for i in range(words.shape[0]):
-            words[i] = x[:, i * LANES : (i + 1) * LANES]
-        return jnp.concatenate([words[i, chunk] for i in range(words.shape[0])], axis=1)
+    def fill(self, ref: Any, words: Any) -> None:
+        """Makes ready what `rows` reads."""
+        bits, tiles = 32 // self.per_word, self.array.shape[-1] // LANES
+        if self.blocks_on_sublanes:
+            for s in range(self.slots):
+                x = ref[s].astype(jnp.int32) << (32 - bits)
+                for i in range(tiles):
+                    words[s * tiles + i] = x[:, i * LANES : (i + 1) * LANES]
+        elif not self._as_they_are:
+
+            def piece(first, size):
+                flat = pltpu.bitcast(ref[pl.ds(first, size)].reshape(-1, self.array.shape[-1]), jnp.int32)
+                for i in range(tiles):
+                    words[i, pl.ds(first * self._rows, size * self._rows)] = flat[:, i * LANES : (i + 1) * LANES]
+
+            by_pieces(self.plan.chunk_blocks, FILLED_PIECE // tiles, piece)
+
+    def rows(self, ref: Any, words: Any, step: Step, slot: int, first: Any, size: int) -> jax.Array:
+        """Of a slot and so many blocks from `first` on: int32 `[size, T]`, the number in the upper bits."""
+        bits, tiles = 32 // self.per_word, range(self.array.shape[-1] // LANES)
+        if self.blocks_on_sublanes:  # they may begin within a tile
+            chunk = pl.ds(step.block - self._first(step.block) + first, size)
+            return jnp.concatenate([words[slot * len(tiles) + i, chunk] for i in tiles], axis=1)
+        if self._as_they_are:
+            return ref[pl.ds(first, size), slot].astype(jnp.int32) << (32 - bits)
+        if self.heads_on_sublanes:
+            group = lax.div(step.head, jnp.int32(self.per_word))
+            row = slot * (self.plan.heads // self.per_word) + group
+            shift = (self.per_word - 1 - (step.head - group * self.per_word)) * bits
+        else:
+            row = jnp.int32(slot // self.per_word)
+            shift = jnp.int32((self.per_word - 1 - slot % self.per_word) * bits)
+        rows = pl.ds(first * self._rows + row, size, stride=self._rows) if self._rows > 1 else pl.ds(first, size)
+        x = jnp.concatenate([words[i, rows] for i in tiles], axis=1)
+        return (x << shift) & jnp.int32(-(1 << (32 - bits)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,10 +340,3 @@ def single_rows(scratch: Refs, first: jax.Array, blocks: int) -> list[jax.Array]
 def row(ref: Any, index: tuple, first: jax.Array, count: int) -> jax.Array:
     """`[1, count * T]`: rows `first`, ..., of `ref[index]` side by side."""
     return jnp.concatenate([ref[(*index, pl.ds(first + i, 1))] for i in range(count)], axis=1)
-
-
-def block_permutation(order: np.ndarray, tokens: int) -> np.ndarray:
-    """0/1 `[T, T]` that takes a block from natural order to that of a run, which has the same order in every block."""
-    order = order.reshape(-1, tokens)
-    assert (order == order[:1] + np.arange(len(order))[:, None] * tokens).all()
-    return np.arange(tokens)[:, None] == order[:1]

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.formats import Partial
-from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES, Operand, Plan, divided
+from pallas_kernels.decode_attention.tpu_plan import BF16_ARITHMETIC, LANES, SUBLANES, Operand, Plan, divided
 
 EMPTY = -1e30
 CONTRACT_LANES = (((1,), (1,)), ((), ()))  # x @ y.T
@@ -295,6 +295,19 @@ def over_runs(plan: Plan, body, carry):
         return carry
 
     return lax.fori_loop(0, plan.runs // plan.unroll, several, carry)
+
+
+def read_anew(ref: Any, i: jax.Array, plan: Plan, first: int = 0, size: int | None = None) -> jax.Array:
+    """Rows of a constant in VMEM, for place `i` (below 2**20) of a loop.
+
+    On v5 the address is the same for every `i` in a way that the compiler cannot see: otherwise it reads once for many
+    places, holds that in registers all the while, and spills. Later chips gain nothing by it.
+    """
+    size = ref.shape[0] if size is None else size
+    if plan.chip in BF16_ARITHMETIC:
+        return ref[first : first + size]
+    zero = lax.shift_right_logical(i, jnp.int32(20)) * ref.shape[0]
+    return ref[pl.ds(zero + first, size)]
 
 
 def _lanes(x: jax.Array) -> jax.Array:
