@@ -208,34 +208,41 @@ def _gpu_kernel(text: str, shared: int) -> GpuKernel:
     return GpuKernel(int(registers[1]), spilled, shared + fixed, opcodes, loops)
 
 
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 _COMPARISON = re.compile(r"\bU?ISETP\.NE\S* U?P\d, U?PT, (U?R\d+), 0x([0-9a-f]+),")
 
 
 def _sass(text: str) -> tuple[tuple[str, ...], tuple[Loop, ...]]:
     """Opcodes, and the loops: branches back to a label."""
     labels: dict[str, int] = {}
-    code: list[tuple[str, str]] = []
+    code: list[tuple[str, str, str]] = []  # predicate, opcode, operands
     spans = []
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x_\w+):", line):
             labels[label[1]] = len(code)
         elif found := _INSTRUCTION.search(line):
-            target = re.search(r"`\((\.L_x_\w+)\)", found[2])
-            if found[1].startswith("BRA") and target and target[1] in labels:
+            target = re.search(r"`\((\.L_x_\w+)\)", found[3])
+            if found[2].startswith("BRA") and target and target[1] in labels:
                 spans.append((labels[target[1]], len(code) + 1))
-            code.append((found[1], found[2]))
+            code.append((found[1] or "", found[2], found[3]))
     spans.sort(key=lambda span: (span[0], -span[1]))
     loops = []
     for start, stop in spans:
         leaf = not any(start <= a and b <= stop and (a, b) != (start, stop) for a, b in spans)
-        body = "\n".join(opcode + rest for opcode, rest in code[start:stop])
-        loops.append(Loop(start, stop, _sass_trips(body) if leaf else None))
-    return tuple(opcode for opcode, _ in code), tuple(loops)
+        body = "\n".join(opcode + rest for _, opcode, rest in code[start:stop])
+        loops.append(Loop(start, stop, _sass_trips(body, code[stop - 1][0]) if leaf else None))
+    return tuple(opcode for _, opcode, _ in code), tuple(loops)
 
 
-def _sass_trips(body: str) -> int | None:
-    """Iterations of an innermost loop that counts a register from 0 in constant steps until it equals a constant."""
+def _sass_trips(body: str, again: str) -> int | None:
+    """Iterations of an innermost loop that counts a register from 0 in constant steps until it equals a constant.
+
+    Two iterations are told by a flag: copied to the predicate `again` of the branch back, it is cleared for the second.
+    """
+    if again and (flag := re.search(rf"\bPLOP3\.LUT {again}, PT, PT, PT, (U?P\d), 0x80, 0x0", body)):
+        cleared = rf"\bU?PLOP3\.LUT {flag[1]}, U?PT, U?PT, U?PT, U?PT, 0x40, 0x0"
+        if re.search(cleared, body[flag.end() :]):
+            return 2
     for register, bound in _COMPARISON.findall(body):
         step = re.search(rf"\b(?:U?IADD3|VIADD) {register}, {register}, 0x([0-9a-f]+)\b", body)
         if step and int(bound, 16) % int(step[1], 16) == 0:

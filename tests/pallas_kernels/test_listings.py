@@ -128,6 +128,16 @@ def test_a_gpu_loop_of_constant_length_counts_as_often_as_it_runs():
     assert (inner.trips, outer.trips) == (4, None)
     assert kernel.count(inner)["HGMMA"] == 1
     assert kernel.count(outer) == {"LOP3": 1, "HGMMA": 4, "VIADD": 4, "ISETP": 4, "BRA": 4 + 2}
+    # Of two iterations ptxas keeps no count but a flag.
+    copied = """        /*0024*/                   PLOP3.LUT P1, PT, PT, PT, UP0, 0x80, 0x0 ;
+"""
+    cleared = """        /*0028*/                   UPLOP3.LUT UP0, UPT, UPT, UPT, UPT, 0x40, 0x0 ;
+"""
+    twice = KERNEL.replace("@!P1 BRA", "@P1 BRA")
+    for text, trips in ((copied + cleared, 2), (cleared + copied, None), (copied, None)):
+        kernel = listings.gpu_kernels(RESOURCES + twice.replace(old, old + text))["decode"]
+        assert kernel.loops[1].trips == trips
+    assert listings.gpu_kernels(RESOURCES + KERNEL.replace(old, old + copied + cleared))["decode"].loops[1].trips is None
 
 
 def test_instructions_of_a_gpu_kernel_by_loop():
