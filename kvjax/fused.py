@@ -97,9 +97,8 @@ def _joined_constants(codec: JoinedCodec, params: Any) -> Any:
 
 def arranged(policy: Any, shape: Any, target: str, mesh: Any) -> Any:
     """The policy with codecs that keep heads side by side where the target wants that (`kvjax.codecs.joined`)."""
-    heads = joined.heads_to_join(shape.head_dim)
-    own = shape.kv_heads // (1 if mesh is None else mesh.shape["tensor"])
-    if split(target)[0] != "tpu" or heads == 1 or own % heads:
+    heads = side_by_side(shape.head_dim, shape.kv_heads // (1 if mesh is None else mesh.shape["tensor"]), target)
+    if heads == 1:
         return policy
 
     def arrange(codec: AbstractCodec) -> AbstractCodec:
@@ -112,6 +111,12 @@ def arranged(policy: Any, shape: Any, target: str, mesh: Any) -> Any:
         for part in policy.segments
     )
     return dataclasses.replace(policy, segments=segments)
+
+
+def side_by_side(channels: int, kv_heads: int, target: str) -> int:
+    """How many of a device's heads a cache for the target keeps side by side as one."""
+    heads = joined.heads_to_join(channels)
+    return heads if split(target)[0] == "tpu" and kv_heads % heads == 0 else 1
 
 
 def block_tokens(policy: Any, target: str) -> int:

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     kernel.add_argument("--heads", type=int, default=8, metavar="K", help="kv heads (%(default)s)")
     kernel.add_argument("--group", type=int, default=4, metavar="G", help="query heads of each (%(default)s)")
     kernel.add_argument("--channels", type=int, default=128, metavar="H", help="head size (%(default)s)")
-    kernel.add_argument("--block", type=int, default=128, metavar="T", help="tokens per block (%(default)s)")
+    kernel.add_argument("--block", type=int, metavar="T", help="tokens per block (128; on a TPU, 256 at 3 bits)")
     kernel.add_argument("--layers", type=int, metavar="L", help="of the storage (as many as exceed the last cache)")
     kernel.add_argument("--seconds", type=float, metavar="S", help="start nothing new after so long (--all: 420)")
     kernel.add_argument("--checked", metavar="FILE", help="what --check wrote: do not check again")
@@ -124,9 +124,10 @@ def run_attention(args: argparse.Namespace) -> int:
                 return session.DEVICE_LOST
         return _code(rows)
     name = f"{settings.implementation} {settings.chip}".strip()
+    blocks = f"{settings.block} tokens{' or more' * (settings.implementation == 'mosaic_tpu')}"
     what = (
         f"{name}: {settings.heads} kv heads of {settings.channels} channels, "
-        f"{settings.group} query heads each, {count(settings.batch, 'row')}, blocks of {settings.block} tokens; "
+        f"{settings.group} query heads each, {count(settings.batch, 'row')}, blocks of {blocks}; "
         f"median of 2 runs of {settings.rounds} calls"
     )
     known = json.loads(Path(args.checked).read_text(encoding="utf-8"))["rows"] if args.checked else None
@@ -207,13 +208,12 @@ def _storages(args: argparse.Namespace) -> tuple[str, ...]:
 
 def _settings(args: argparse.Namespace) -> attention.Settings:
     contexts = tuple(args.contexts or CONTEXTS[jax.default_backend()])
-    sizes = {
-        name: getattr(args, name) for name in ("batch", "heads", "group", "channels", "block", "layers", "seconds")
-    }
+    sizes = {name: getattr(args, name) for name in ("batch", "heads", "group", "channels", "layers", "seconds")}
     implementation = args.implementation or device.implementation()
     chip = device.chip() if args.chip is None else args.chip
     return attention.Settings(
-        _storages(args), contexts, rounds=args.rounds or 30, implementation=implementation, chip=chip, **sizes
+        _storages(args), contexts, block=args.block or 128, rounds=args.rounds or 30, implementation=implementation,
+        chip=chip, **sizes,
     )  # fmt: skip
 
 

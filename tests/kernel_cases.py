@@ -150,8 +150,8 @@ def joined(arguments):
     count = heads_to_join(arguments["q"].shape[-1])
     if arguments["q"].shape[1] % count or count == 1:
         return arguments
-    k = heads.join_format(arguments["k"], count, halves=arguments["rotation"] is not None)
-    return arguments | {"k": k, "v": heads.join_format(arguments["v"], count)}
+    k, v = heads.join_formats(arguments["k"], arguments["v"], count, arguments["rotation"] is not None)
+    return arguments | {"k": k, "v": v}
 
 
 def _seed(*names: str) -> int:

@@ -90,8 +90,7 @@ def problem(storage: str, tokens: int, shape: specs.Shape, on: deviceless.Target
     shape = dataclasses.replace(shape, blocks=tokens // shape.tokens)
     k, v = specs.abstract(kinds.keys, shape), specs.abstract(kinds.values, shape)
     if on.platform == "tpu" and (count := joined.heads_to_join(shape.channels)) > 1:
-        k = jax.eval_shape(lambda x: heads.join_format(x, count, halves=kinds.pre_rope), k)
-        v = jax.eval_shape(lambda x: heads.join_format(x, count), v)
+        k, v = jax.eval_shape(lambda k, v: heads.join_formats(k, v, count, kinds.pre_rope), k, v)
     return k, v, shape
 
 

@@ -58,6 +58,11 @@ def separate_results(part: Partial, heads: int, group: int) -> Partial:
     return Partial(acc, top, total)
 
 
+def join_formats(k: Format, v: Format, heads: int, rotates: bool) -> tuple[Format, Format]:
+    """Storage of keys and values of K heads as that of K / heads joined ones; `rotates` as of `api.check`."""
+    return (join_format(k, heads, halves=rotates), join_format(v, heads)) if heads > 1 else (k, v)
+
+
 def join_format(x: Format, heads: int, halves: bool = False) -> Format:
     """Storage of K heads as that of K / heads joined ones.
 

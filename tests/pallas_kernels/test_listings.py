@@ -137,7 +137,9 @@ def test_a_gpu_loop_of_constant_length_counts_as_often_as_it_runs():
     for text, trips in ((copied + cleared, 2), (cleared + copied, None), (copied, None)):
         kernel = listings.gpu_kernels(RESOURCES + twice.replace(old, old + text))["decode"]
         assert kernel.loops[1].trips == trips
-    assert listings.gpu_kernels(RESOURCES + KERNEL.replace(old, old + copied + cleared))["decode"].loops[1].trips is None
+    assert (
+        listings.gpu_kernels(RESOURCES + KERNEL.replace(old, old + copied + cleared))["decode"].loops[1].trips is None
+    )
 
 
 def test_instructions_of_a_gpu_kernel_by_loop():

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import decode
+from kvjax import decode, fused
 from kvjax.evaluate.bench import accuracy, attention, contents, device, headline, report, session, timing
 from kvjax.evaluate.memory import abstract_cache
+from kvjax.model.rope import make_rope
 from kvjax.policy import preset
-from pallas_kernels.decode_attention import reference, specs
+from pallas_kernels.decode_attention import api, reference, specs
+from pallas_kernels.decode_attention.formats import shape_of
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = ["--implementation", "reference", "--heads", "2", "--group", "2", "--channels", "32", "--layers", "1"]
@@ -30,7 +32,9 @@ def main(monkeypatch):
     return bench_decode.main
 
 
-def test_attention(main, tmp_path, capsys):
+@pytest.mark.parametrize("joined", [1, 2])
+def test_attention(main, tmp_path, capsys, monkeypatch, joined):
+    monkeypatch.setattr(attention.Settings, "joined", joined)  # as a TPU would have it
     file = tmp_path / "attention.json"
     arguments = ["--attention", *SMALL, "--quant", "kivi2", "--contexts", "300", "--rounds", "2", "--json", str(file)]
     assert main(arguments) == 0
@@ -91,6 +95,20 @@ def test_contents_on_the_device_are_like_those_made_on_the_host(storage, monkeyp
         assert len({block.tobytes() for block in decoded[0][0]}) == shape.blocks  # no two are the same
 
 
+@pytest.mark.parametrize(("storage", "channels"), [("kvquant3", 64), ("kivi4", 96), ("int8", 128)])
+def test_a_tpu_is_timed_on_what_its_caches_hold(storage, channels):
+    empty = decode.CacheShape(1, 32, 8, channels, make_rope(channels, 4096))
+    cache = abstract_cache(storage, preset(storage), empty, 2048, target="tpu:v5e")
+    held = jax.eval_shape(fused.formats, cache.segments[0])
+    context = shape_of(held[0])[2] * cache.block
+    settings = attention.Settings((storage,), (), channels=channels, implementation="mosaic_tpu", chip="v5e")
+    shape, kinds = settings.stored(storage, context), specs.STORAGES[storage]
+    k, v, cuts = jax.eval_shape(attention.filler(kinds, shape, context, 0, settings.joined))
+    api.check(k, v, settings.group, settings.implementation, settings.chip, kinds.pre_rope)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves((k, v))] == [(x.shape, x.dtype) for x in jax.tree.leaves(held)]
+    assert {shape_of(x)[3] for x in cuts[0]} == {8}  # heads apart
+
+
 def test_large_contexts_are_checked_at_both_ends():
     assert accuracy.windows(8192) == [(0, 8192)]
     assert accuracy.windows(20_000) == [(0, 1000), (19_000, 20_000)]
@@ -137,7 +155,9 @@ def test_a_headline_that_does_not_fit_is_refused_before_anything_is_allocated(mo
         headline.measure("small", "kvquant2-dense", 300, 3, layers=1)
 
 
-def test_a_random_cache_is_like_an_empty_one(quant="kvquant3"):
+@pytest.mark.parametrize("target", ["cpu", "tpu:v5e"])
+def test_a_random_cache_is_like_an_empty_one(monkeypatch, target, quant="kvquant3"):
+    monkeypatch.setattr(decode, "default_target", lambda mesh: target)
     model = headline.abstract_model(dataclasses.replace(headline.MODELS["small"], layers=1), 300, jnp.bfloat16)
     shape = headline._shape(model)
     made = headline.random_cache(quant, shape, 300, jnp.bfloat16, 290)
@@ -147,6 +167,7 @@ def test_a_random_cache_is_like_an_empty_one(quant="kvquant3"):
         assert x.shape == y.shape and x.dtype == y.dtype, path
     assert int(made.length[0]) == 290 and decode.nbytes(made) == decode.nbytes(empty)
     assert all(np.asarray(x).any() for x in jax.tree.leaves((made.segments[0].k, made.segments[0].v)))
+    decode.explain(made, strict=True)
 
 
 def test_a_check_goes_on_after_a_crash(tmp_path):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_attention import api, reference, specs
+from pallas_kernels.decode_attention import api, heads, reference, specs
 from pallas_kernels.decode_attention.formats import Format, Partial, shape_of
 
 _WHOLE = 8192  # tokens up to which a timed answer is checked whole
@@ -34,9 +34,12 @@ def worst(errors: list[Error]) -> Error:
 
 
 def small_case(
-    kinds: specs.Storage, shape: specs.Shape, implementation: api.Implementation, chip: str
+    kinds: specs.Storage, shape: specs.Shape, implementation: api.Implementation, chip: str, joined: int = 1
 ) -> Callable[[], tuple[Error, Error]]:
     """A small case of two rows, in several ranges of tokens off the block, compiled and not run.
+
+    Args:
+      joined: heads that the storage keeps side by side as one (`pallas_kernels.joined`).
 
     Returns:
       a function that runs it: the error, and the error admitted.
@@ -44,12 +47,12 @@ def small_case(
     Raises:
       NotImplementedError: where the implementation does not do this storage, shape or chip.
     """
-    size = specs.Shape(2, 2, 5, min(shape.heads, 2), shape.group, shape.channels, shape.tokens)
+    size = specs.Shape(2, 2, 5, min(shape.heads, max(joined, 2)), shape.group, shape.channels, shape.tokens)
     rng = np.random.default_rng(0)
     k, v = (specs.make(kind, size, rng) for kind in (kinds.keys, kinds.values))
     q, full = specs.query(size, rng), size.blocks * size.tokens
     position = np.full(2, full + 37, np.int32)
-    device = [jax.tree.map(jnp.asarray, x) for x in (q, k, v)]
+    device = [jax.tree.map(jnp.asarray, x) for x in (q, *heads.join_formats(k, v, joined, kinds.pre_rope))]
 
     def attend(q, k, v, first, last):
         rotation = specs.rotation(size, position) if kinds.pre_rope else None

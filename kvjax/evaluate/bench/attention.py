@@ -18,7 +18,8 @@ import numpy as np
 
 from kvjax.evaluate.bench import accuracy, contents, device, rivals, timing
 from kvjax.evaluate.bench.timing import Candidate
-from pallas_kernels.decode_attention import api, specs
+from kvjax.fused import side_by_side
+from pallas_kernels.decode_attention import api, heads, specs
 from pallas_kernels.decode_attention.formats import Format, Partial, describe
 
 BASE = "bf16"
@@ -32,7 +33,8 @@ class Settings:
     Attributes:
       storages: names of `specs.STORAGES`; `BASE` is always among what is timed.
       contexts: tokens, multiples of a block or not.
-      batch, heads, group, channels, block: rows, kv heads, query heads of each, head size, tokens per block.
+      batch, heads, group, channels: rows, kv heads, query heads of each, head size.
+      block: tokens per block, where a cache would not have more of a storage.
       layers: of the stacked storage; None for as many as exceed the last cache.
       rounds: calls of each candidate, in each of `timing.RUNS` runs.
       implementation, chip: as `api.decode_attention` takes them.
@@ -56,13 +58,25 @@ class Settings:
         blocks = -(-context // self.block)
         return specs.Shape(layers, self.batch, blocks, self.heads, self.group, self.channels, self.block)
 
+    def stored(self, name: str, context: int, layers: int = 1) -> specs.Shape:
+        """`shape` of a storage, in blocks as a cache has them where the implementation runs."""
+        shape = self.shape(context, layers)
+        if self.implementation == "mosaic_tpu":
+            shape = specs.in_tpu_blocks(specs.STORAGES[name], shape)
+        return dataclasses.replace(shape, blocks=-(-context // shape.tokens))
+
+    @property
+    def joined(self) -> int:
+        """How many heads a cache keeps side by side as one there."""
+        return side_by_side(self.channels, self.heads, "tpu" if self.implementation == "mosaic_tpu" else "cpu")
+
 
 def check(settings: Settings) -> Iterator[Row]:
     """The error of each storage on a small case: rows of `storage, status, reason, error, bound`."""
-    shape = settings.shape(settings.block)
 
     def case(name: str) -> Callable[[], Any]:
-        return accuracy.small_case(specs.STORAGES[name], shape, settings.implementation, settings.chip)
+        kinds, shape = specs.STORAGES[name], settings.stored(name, settings.block)
+        return accuracy.small_case(kinds, shape, settings.implementation, settings.chip, settings.joined)
 
     cases = _together({name: functools.partial(case, name) for name in settings.storages})
     for name in settings.storages:
@@ -182,7 +196,7 @@ class _Program(NamedTuple):
     """What is compiled for a storage.
 
     Attributes:
-      fill: makes k, v, and for each window of `accuracy.windows` the blocks of k and v that it is compared in.
+      fill: as of `filler`.
       run: the loop, called with `q, k, v, first, last`.
       shape, steps: of the storage, and of the loop.
     """
@@ -197,13 +211,8 @@ def _compile(name: str, s: Settings, context: int) -> _Program:
     kinds, one = specs.STORAGES[name], _layer_bytes(name, s, context)
     layers = s.layers or max(1, -(-device.rotation_bytes() // one))
     steps = max(layers, min(512, -(-device.call_bytes() // one)))
-    shape, checked = s.shape(context, layers), (steps - 1) % layers
-
-    def fill():
-        sides = [contents.fill(kind, shape, seed) for seed, kind in enumerate((kinds.keys, kinds.values))]
-        places = [accuracy.blocks_of(window, shape) for window in accuracy.windows(context)]
-        return *sides, [tuple(contents.cut(x, checked, *place) for x in sides) for place in places]
-
+    shape = s.stored(name, context, layers)
+    fill = filler(kinds, shape, context, (steps - 1) % layers, s.joined)
     k, v, cuts = jax.eval_shape(fill)
     api.check(k, v, s.group, s.implementation, s.chip, kinds.pre_rope)
     q = jax.ShapeDtypeStruct((s.batch, s.heads, s.group, s.channels), jnp.float32)
@@ -211,6 +220,21 @@ def _compile(name: str, s: Settings, context: int) -> _Program:
     run = jax.jit(functools.partial(loop, kinds, shape, context, steps, s.implementation, s.chip))
     accuracy.prepare(q, cuts[0][0], cuts[0][1], kinds.pre_rope)
     return _Program(jax.jit(fill).lower().compile(), run.lower(q, k, v, rows, rows).compile(), shape, steps)
+
+
+def filler(kinds: specs.Storage, shape: specs.Shape, context: int, checked: int, joined: int) -> Callable[[], Any]:
+    """What makes k, v, and for each window of `accuracy.windows` the blocks that layer `checked` is compared in.
+
+    Those have heads apart, whatever k and v have: the comparison finds what joining them does wrong, too.
+    """
+
+    def fill():
+        k, v = (contents.fill(kind, shape, seed) for seed, kind in enumerate((kinds.keys, kinds.values)))
+        places = [accuracy.blocks_of(window, shape) for window in accuracy.windows(context)]
+        cuts = [tuple(contents.cut(x, checked, *place) for x in (k, v)) for place in places]
+        return *heads.join_formats(k, v, joined, kinds.pre_rope), cuts
+
+    return fill
 
 
 def _together(programs: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
@@ -239,7 +263,7 @@ def _storage(name: str, s: Settings, context: int, program: Callable[[], _Progra
         position, start = context if kinds.pre_rope else None, accuracy.blocks_of(window, shape)[0]
         errors.append(accuracy.compare_window(got, q, *cut, window, start, position))
     parts = contents.bytes_by_part(k, v, q, got)
-    row |= {"keys": describe(k), "values": describe(v), "layers": shape.layers, "bytes": parts}
+    row |= {"keys": describe(k), "values": describe(v), "layers": shape.layers, "block": shape.tokens, "bytes": parts}
     _judge(row, *(accuracy.worst(list(side)) for side in zip(*errors)))
     first, last = jnp.asarray(rows * 0), jnp.asarray(rows * context)
     return Candidate(lambda: jax.block_until_ready(run(q, k, v, first, last)), steps, sum(parts.values()))
@@ -264,10 +288,10 @@ def loop(
 @functools.cache
 def _layer_bytes(name: str, s: Settings, context: int) -> int:
     """Bytes of keys and values of a layer, from the smallest storage of the kind."""
-    rng, few = np.random.default_rng(0), dataclasses.replace(s.shape(s.block), batch=1)
-    kinds = specs.STORAGES[name]
+    rng, kinds, shape = np.random.default_rng(0), specs.STORAGES[name], s.stored(name, context)
+    few = dataclasses.replace(shape, batch=1, blocks=1)
     leaves = jax.tree.leaves([specs.make(kind, few, rng) for kind in (kinds.keys, kinds.values)])
-    return sum(x.nbytes for x in leaves) * s.batch * s.shape(context).blocks
+    return sum(x.nbytes for x in leaves) * s.batch * shape.blocks
 
 
 def _groups(names: tuple[str, ...], s: Settings, context: int) -> list[tuple[str, ...]]:

@@ -47,7 +47,7 @@ def random_model(config: ModelConfig, tokens: int, dtype: Any) -> LoadedModel:
 
 
 def random_cache(
-    name: str, shape: decode.CacheShape, tokens: int, dtype: Any, length: int, block: int = 128
+    name: str, shape: decode.CacheShape, tokens: int, dtype: Any, length: int, block: int | None = None
 ) -> decode.KVCache:
     """What `decode.init_cache` would make for one row, filled as if it held `length` tokens."""
     empty = abstract_cache(name, preset(name), shape, tokens, dtype, block=block)
@@ -101,7 +101,7 @@ def measure(
     tokens: int,
     rounds: int,
     layers: int | None = None,
-    block: int = 128,
+    block: int | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Milliseconds per token at the end of a context of `tokens`, and memory.
