@@ -11,12 +11,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.formats import Codebook, Rotation, shape_of
+from pallas_kernels.decode_attention.tpu_key_slots import KeySlots
 from pallas_kernels.decode_attention.tpu_levels import Levels
 from pallas_kernels.decode_attention.tpu_metadata import HIGH_HALF, by_pieces, halves
 from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES, Operand, Plan
 from pallas_kernels.decode_attention.tpu_rows import LaneOrder, SharedRows, float16_of, row
 from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Loaded, Refs, Step, read_anew
-from pallas_kernels.decode_attention.tpu_slots import KeySlots, SlotWords, ValueSlots
+from pallas_kernels.decode_attention.tpu_slots import SlotWords
+from pallas_kernels.decode_attention.tpu_value_slots import ValueSlots
 
 
 def check_codebook(fmt: Codebook) -> None:

@@ -1,0 +1,148 @@
+"""What the outlier slots of values add to weighted values on TPU.
+
+`out[g, c] += sum_t p_t r_t [c = c_t]`, a product with a table that is 1 in one row of each column and 0 elsewhere.
+Making the table is what costs: so the channels are cut in PARTS, of which each has rows of weights of its own, and the
+table has as many rows as a part.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention.tpu_metadata import halves
+from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES
+from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Refs, Step, over_runs
+from pallas_kernels.decode_attention.tpu_slots import CHANNEL, SlotWords, eights_together, log2, over_eights, residual
+
+ONE = 0x3F80  # in bfloat16
+PARTS = 2
+OVERLAPPED = 4096  # tokens whose tables overlap
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueSlots:
+    """What slots add to the weighted values.
+
+    Weights times residuals are a sum of two bfloat16 each: an outlier is the largest part of what it is in, and
+    rounding would show. Each slot has rows of weights and rows of the table of its own,
+    and all are multiplied at once: what belongs together is picked out at the end.
+    """
+
+    words: SlotWords
+
+    @property
+    def _channels(self) -> int:
+        """Of a part."""
+        return self.words.plan.channels // PARTS
+
+    @property
+    def _repeats(self) -> int:
+        """How often the weights are taken, so that each part has rows of its own."""
+        return max(1, PARTS // self.words.plan.copies)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the sums."""
+        slots = self.words.fmt.slots
+        return slots * self._repeats * self.words.plan.rows, slots * self._channels
+
+    @property
+    def _numbers(self) -> int:
+        """Rows of numbers per slot: the word and what is in it, and the residual where it is of a part."""
+        return 2 + PARTS
+
+    def scratch(self) -> list[Any]:
+        words = self.words
+        shape = (self._numbers * words.fmt.slots, words.tiles, words.blocks, LANES)
+        kept = pltpu.VMEM((words.plan.runs, words.plan.rows, words.plan.run_tokens), jnp.float32)
+        return [pltpu.VMEM(shape, jnp.int32), kept, *words.scratch()]
+
+    def chunk(self, operands: Refs, scratch: Refs, step: Step) -> None:
+        words = self.words
+        words.chunk(operands, scratch[2:], step)
+
+        def eight(first):
+            for slot in range(words.fmt.slots):
+                for n in range(words.tiles):
+                    word = words.rows(operands, scratch[2:], slot, n, first)
+                    for i, x in enumerate(self._of(word)):
+                        scratch[0][slot * self._numbers + i, n, pl.ds(first, SUBLANES)] = x
+
+        over_eights(words.plan.chunk_blocks, eights_together(words.plan), eight)
+
+    def _of(self, word: jax.Array) -> list[jax.Array]:
+        channel, r = word & CHANNEL, pltpu.bitcast(residual(word), jnp.int32)
+        part = channel >> log2(self._channels)
+        return [
+            (channel & (self._channels - 1)) >> 1,
+            jnp.where((channel & 1) == 0, ONE, ONE << 16),
+            *(jnp.where(part == i, r, 0) for i in range(PARTS)),
+        ]
+
+    def sums(self, scratch: Refs) -> jax.Array:
+        """Float32, of `shape`: of a chunk whose weights were `kept`.
+
+        A loop of its own: within that of levels there are not registers enough to overlap as many runs.
+        """
+        plan = self.words.plan
+        tokens = OVERLAPPED // (plan.rows // SUBLANES * (plan.channels // LANES))
+        plan = dataclasses.replace(plan, unroll=math.gcd(plan.runs, max(1, tokens // plan.run_tokens)))
+
+        def add(run, place, total):
+            return total + self._sums(scratch, run, scratch[1][run])
+
+        return over_runs(plan, add, jnp.zeros(self.shape, jnp.float32))
+
+    def keep(self, scratch: Refs, run: jax.Array, p: jax.Array) -> None:
+        """For `sums`: the weights `p[R, run_tokens]` of a run."""
+        scratch[1][run] = p
+
+    def _sums(self, scratch: Refs, run: jax.Array, p: jax.Array) -> jax.Array:
+        weights, tables = [], []
+        place = lax.broadcasted_iota(jnp.int32, (self._channels // 2, p.shape[1]), 0)
+        for slot in range(self.words.fmt.slots):
+            at, one, *parts = (self._row(scratch, slot * self._numbers + i, run) for i in range(self._numbers))
+            tables.append(pltpu.bitcast(jnp.where(place == at, one, 0), jnp.bfloat16))
+            weights += [p * x for x in self._residuals([pltpu.bitcast(x, jnp.float32) for x in parts], p.shape)]
+        left, table = halves(jnp.concatenate(weights, axis=0)), jnp.concatenate(tables, axis=0)
+        sums = lax.dot_general(left, table, CONTRACT_LANES, preferred_element_type=jnp.float32)
+        return sums[: sums.shape[0] // 2] + sums[sums.shape[0] // 2 :]
+
+    def _row(self, scratch: Refs, number: int, run: jax.Array) -> jax.Array:
+        unit, ref = self.words.plan.unit, scratch[0]
+        first = run * unit
+        parts = [ref[number, n, pl.ds(first + i, 1)] for i in range(unit) for n in range(self.words.tiles)]
+        return jnp.concatenate(parts, axis=1)
+
+    def _residuals(self, parts: list[jax.Array], shape: tuple[int, ...]) -> list[jax.Array]:
+        """Residuals `[R, run_tokens]` that each of the repeats is multiplied by: its copies are of several parts."""
+        copies = min(self.words.plan.copies, PARTS)
+        copy = lax.broadcasted_iota(jnp.int32, shape, 0) >> log2(self.words.plan.rows // self.words.plan.copies)
+        out = []
+        for first in range(0, PARTS, copies):
+            x = jnp.broadcast_to(parts[first], shape)
+            for i in range(1, copies):
+                x = jnp.where(copy < i, x, parts[first + i])
+            out.append(x)
+        return out
+
+    def finish(self, sums: jax.Array) -> jax.Array:
+        """`[R, H]`, of which the first copies count."""
+        plan, slots, width = self.words.plan, self.words.fmt.slots, self._channels
+        copies, rows = min(plan.copies, PARTS), self._repeats * plan.rows
+        out = jnp.zeros((plan.rows, plan.channels), jnp.float32)
+        for slot in range(slots):
+            mine = sums[slot * rows : (slot + 1) * rows, slot * width : (slot + 1) * width]
+            parts = []
+            for part in range(PARTS):
+                repeat, copy = divmod(part, copies)
+                x = mine[repeat * plan.rows : (repeat + 1) * plan.rows]
+                parts.append(jnp.roll(x, -copy * (plan.rows // plan.copies), axis=0) if copy else x)
+            out += jnp.concatenate(parts, axis=1)
+        return out
