@@ -24,38 +24,11 @@ def in_tiles(x: jax.Array, target: str) -> bool:
     return x.shape[2] % _TILE == 0 and x.shape[3] % 4 != 0 and x.shape[4] % 4 != 0
 
 
-def stored_order(x: jax.Array, target: str) -> tuple[int, ...]:
-    """The axes of storage `[L, B, N, ...]` from major to minor, as XLA lays it out where it is passed in.
-
-    On TPU the rows of a block must fill 32-bit words, or XLA has heads, else blocks on sublanes (the rules of
-    `pallas_kernels.decode_attention.tpu_rows`).
-    """
-    order = tuple(range(x.ndim))
-    words = 4 // min(x.dtype.itemsize, 4)
-    if split(target)[0] != "tpu" or x.ndim not in (5, 6) or x.shape[-2] % words == 0:
-        return order
-    if x.ndim == 6 and x.shape[3] % words == 0:
-        return (0, 1, 2, 4, 3, 5)
-    if x.ndim == 6 and x.shape[2] % (8 * words):
-        return order
-    return (0, 1, *order[3:-1], 2, x.ndim - 1)
-
-
-def like(x: jax.Array, stored: jax.Array, target: str) -> jax.Array:
-    """`x` `[l, b, n, ...]`, some of the blocks of `stored`, in its layout."""
-    return with_layout_constraint(x, Layout(stored_order(stored, target)))
-
-
-def as_stored(x: jax.Array, target: str) -> jax.Array:
-    """Storage in the layout in which it is passed in, whatever XLA on TPU would choose for what reads or writes it."""
-    return like(x, x, target) if split(target)[0] == "tpu" else x
-
-
 def read(x: jax.Array, layer: Any, row: Any, block: Any, target: str) -> jax.Array:
     """The block `[1, 1, ...]` at (layer, row, block) of storage `[L, B, N, ...]`."""
     if in_tiles(x, target):
         # Not by a slice of the tile: XLA makes one slice of both.
-        tile = _tile(x, layer, row, block, target)
+        tile = _tile(x, layer, row, block)
         return jnp.where(_in_tile(block), tile, jnp.zeros((), x.dtype)).max(2, keepdims=True)[0]
     rest = x.shape[3:]
     return jax.lax.dynamic_slice(x, (layer, row, block) + (0,) * len(rest), (1, 1, 1, *rest))[0]
@@ -63,22 +36,21 @@ def read(x: jax.Array, layer: Any, row: Any, block: Any, target: str) -> jax.Arr
 
 def write(x: jax.Array, new: jax.Array, layer: Any, row: Any, block: Any, target: str) -> jax.Array:
     """The storage with `new` `[1, 1, ...]` there."""
-    new = new[None]
-    if in_tiles(x, target):
-        new = jnp.where(_in_tile(block), new, _tile(x, layer, row, block, target))
-        block = block // _TILE * _TILE
-    start = (layer, row, block) + (0,) * (x.ndim - 3)
-    x = as_stored(x, target)
-    if split(target)[0] == "tpu":
-        new = like(new, x, target)
-    return as_stored(jax.lax.dynamic_update_slice(x, new, start), target)
+    rest = (0,) * (x.ndim - 3)
+    if not in_tiles(x, target):
+        return jax.lax.dynamic_update_slice(x, new[None], (layer, row, block, *rest))
+    tile = _as_stored(jnp.where(_in_tile(block), new[None], _tile(x, layer, row, block)))
+    return _as_stored(jax.lax.dynamic_update_slice(_as_stored(x), tile, (layer, row, block // _TILE * _TILE, *rest)))
 
 
 def _in_tile(block: Any) -> jax.Array:
     return jnp.arange(_TILE).reshape(1, 1, _TILE, 1, 1, 1) == block % _TILE
 
 
-def _tile(x: jax.Array, layer: Any, row: Any, block: Any, target: str) -> jax.Array:
+def _tile(x: jax.Array, layer: Any, row: Any, block: Any) -> jax.Array:
     start = (layer, row, block // _TILE * _TILE) + (0,) * (x.ndim - 3)
-    tile = jax.lax.dynamic_slice(as_stored(x, target), start, (1, 1, _TILE, *x.shape[3:]))
-    return like(tile, x, target)
+    return _as_stored(jax.lax.dynamic_slice(_as_stored(x), start, (1, 1, _TILE, *x.shape[3:])))
+
+
+def _as_stored(x: jax.Array) -> jax.Array:
+    return with_layout_constraint(x, Layout((0, 1, 3, 4, 2, 5)))

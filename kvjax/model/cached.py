@@ -189,14 +189,12 @@ def _alternate(cache: KVCache, attend: Any, write: Any, x: jax.Array) -> tuple[j
 
 
 def _read_first(cache: KVCache, x: Any) -> Any:
-    """`x`: hidden states, new tokens and the segments, with all reading of the cache before what follows.
+    """`x`, with all reading of the cache before what follows.
 
-    Without it XLA on CPU copies the whole cache twice per layer, and on TPU the codes. There it is enough that the new
-    tokens wait for attention; the cache itself keeps its layout only outside of the barrier.
+    Without it XLA on CPU copies the whole cache twice per layer. On TPU it keeps the order by itself, and the barrier
+    costs a copy of outlier slots (Llama-3-8B, kvquant3, 10M tokens on 32 v5e: 2,026 MB of temporaries, and 1,384).
     """
-    if split(cache.target)[0] == "tpu":
-        return (*jax.lax.optimization_barrier(x[:2]), x[2])
-    return jax.lax.optimization_barrier(x)
+    return x if split(cache.target)[0] == "tpu" else jax.lax.optimization_barrier(x)
 
 
 def _exact_layer(module, cache, segment, layer, absolute, x, counts, size, chunks):
