@@ -4,7 +4,8 @@
     compiled = deviceless.compile(step, abstract_arguments, on, donate=(2,))
     compiled.memory.temporary, compiled.kernels["my_kernel"].bundles
 
-The TPU compiler is the wheel `libtpu`; the GPU's are `jax-cuda13-plugin`, `nvidia-cuda-nvcc` (ptxas) and
+The TPU compiler is the wheel `libtpu`; the GPU's are `jax-cuda13-plugin`, `nvidia-nvjitlink` (the assembler that JAX
+uses wherever it runs on a GPU; without it ptxas takes its place and shares out registers a little differently) and
 `nvidia-cuda-nvdisasm`: `pip install 'kvjax[compile]'`, Python >= 3.12. No driver and no toolkit is needed. JAX itself
 runs on the CPU; set JAX_PLATFORMS=cpu, or the GPU's plugin looks for a driver first, and gives up. A kernel that is
 written per generation does not see the target: pass it `Target.kernel_chip`.
@@ -16,6 +17,7 @@ so nothing may have used libtpu in that process before.
 import atexit
 import contextlib
 import ctypes
+import ctypes.util
 import dataclasses
 import functools
 import importlib.util
@@ -122,9 +124,10 @@ def missing(chip: str) -> str:
     for module, wheel in wanted.items():
         if not _installed(module):
             return f"compiling for {chip} needs {wheel}, which is not installed: pip install 'kvjax[compile]'."
-    for tool, wheel in {"ptxas": "nvcc", "nvdisasm": "nvdisasm"}.items() if chip in GPUS else ():
-        if not cuda_tool(tool):
-            return f"compiling for {chip} needs {tool}, which is not installed: pip install nvidia-cuda-{wheel}."
+    if chip in GPUS and not (_cuda_file("lib/libnvJitLink.so*") or ctypes.util.find_library("nvJitLink")):
+        return f"compiling for {chip} needs nvJitLink, which is not installed: pip install 'kvjax[compile]'."
+    if chip in GPUS and not (_cuda_file("bin/nvdisasm") or shutil.which("nvdisasm")):
+        return f"compiling for {chip} needs nvdisasm, which is not installed: pip install 'kvjax[compile]'."
     return ""
 
 
@@ -186,14 +189,11 @@ def compile(fn: Callable[..., Any], args: tuple[Any, ...], on: Target, donate: t
     return Compiled(executable, memory, kernels)
 
 
-def cuda_tool(name: str) -> str | None:
-    """Path of a tool of the CUDA toolkit: out of NVIDIA's wheels, else out of PATH."""
+def _cuda_file(pattern: str) -> bool:
+    """Whether NVIDIA's wheels hold such a file of the CUDA toolkit."""
     spec = importlib.util.find_spec("nvidia") if _installed("nvidia") else None
-    for folder in spec.submodule_search_locations or () if spec else ():
-        found = sorted(Path(folder).glob(f"*/bin/{name}"))
-        if found:
-            return str(found[-1])
-    return shutil.which(name)
+    folders = spec.submodule_search_locations or () if spec else ()
+    return any(any(Path(folder).glob(f"*/{pattern}")) for folder in folders)
 
 
 def _installed(module: str) -> bool:
