@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 
 from kvjax import sharding
 from kvjax.cache import KVCache
-from kvjax.codecs.joined import JoinedCodec
+from kvjax.codecs.joined import JoinedCodec, inner
 
 
 def as_saved(cache: KVCache, saved: list[list[int]]) -> dict[str, tuple[Any, Any]]:
@@ -24,7 +24,7 @@ def as_saved(cache: KVCache, saved: list[list[int]]) -> dict[str, tuple[Any, Any
             codec = getattr(segment, f"{side}_codec")
             if getattr(codec, "heads", 1) == before:
                 continue
-            then = JoinedCodec(codec.inner, before) if isinstance(codec, JoinedCodec) else JoinedCodec(codec, before)
+            then = JoinedCodec(inner(codec), before)
             for name, leaf in vars(getattr(segment, side)).items():
                 if leaf is None:
                     continue
