@@ -6,7 +6,9 @@
 * Hypothesis draws the same few examples in every run: each shape drawn is a compilation.
 """
 
+import importlib
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,3 +59,15 @@ def few_memory_maps():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def load_script(monkeypatch):
+    """`load_script("plan")`: scripts/plan.py as a module, made anew, so that no test sees what another set in it."""
+
+    def load(name):
+        monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+        sys.modules.pop(name, None)
+        return importlib.import_module(name)
+
+    return load

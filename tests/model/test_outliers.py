@@ -1,8 +1,6 @@
 """Outlier channels by rewriting: the same logits, the profile that was asked for, and what per-token codes suffer."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,6 @@ from kvjax.model.outliers import LLAMA2_7B, OutlierProfile, key_factors, profile
 from kvjax.model.rope import cos_sin, rotate
 from kvjax.model.weights import ASSETS, load
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 # Random tokens will not do for the profile: what no text looks like has other outliers.
 TEXT = (
     "The river rises in the hills to the north of the town and flows for some forty miles before it reaches the sea . "
@@ -184,12 +181,8 @@ def test_a_rewritten_model_is_calibrated_and_does_not_take_the_originals_file(mo
 
 
 @pytest.fixture
-def main(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    sys.modules.pop("make_outliers", None)
-    import make_outliers
-
-    return make_outliers.main
+def main(load_script):
+    return load_script("make_outliers").main
 
 
 def test_script_writes_a_model_with_equal_logits(main, tmp_path, capsys):

@@ -1,24 +1,16 @@
 """scripts/allocate.py: its three commands on the model that ships, and errors in one line."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from kvjax.policy import preset
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
 
 @pytest.fixture
-def main(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    for name in ("allocate", "evaluate"):
-        sys.modules.pop(name, None)
-    import allocate
-
-    return allocate.main
+def main(load_script):
+    load_script("evaluate")  # which it imports
+    return load_script("allocate").main
 
 
 @pytest.fixture

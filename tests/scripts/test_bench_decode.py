@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +16,13 @@ from kvjax.policy import preset
 from pallas_kernels.decode_attention import api, reference, specs
 from pallas_kernels.decode_attention.formats import shape_of
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = ["--implementation", "reference", "--heads", "2", "--group", "2", "--channels", "32", "--layers", "1"]
 
 
 @pytest.fixture
-def main(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+def main(monkeypatch, load_script):
     monkeypatch.setattr(device, "ceiling_bytes", lambda: 1 << 20)
-    sys.modules.pop("bench_decode", None)
-    import bench_decode
-
-    return bench_decode.main
+    return load_script("bench_decode").main
 
 
 @pytest.mark.parametrize("joined", [1, 2])

@@ -1,24 +1,16 @@
 """The command line of generate.py: its report, and one line and exit code 2 for bad input."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 import kvjax
 from kvjax import decode, saving
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
 
 @pytest.fixture
-def main(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    sys.modules.pop("generate", None)
-    import generate
-
-    return generate.main
+def main(load_script):
+    return load_script("generate").main
 
 
 def test_report(main, tmp_path, capsys):

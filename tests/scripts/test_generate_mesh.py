@@ -2,28 +2,20 @@
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import jax
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
 
 @pytest.fixture
-def main(monkeypatch):
+def main(monkeypatch, load_script):
     assert (
         len(jax.devices()) == 8
     )  # JAX has started: a script that wants another number does not change it for all tests
     for name in list(os.environ):
         if name.startswith(("KVJAX_", "SLURM_", "OMPI_", "JAX_COORDINATOR")):
             monkeypatch.delenv(name)
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    sys.modules.pop("generate", None)
-    import generate
-
-    return generate.main
+    return load_script("generate").main
 
 
 def test_report_of_a_mesh(main, tmp_path, capsys):

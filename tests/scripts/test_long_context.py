@@ -1,21 +1,13 @@
 """long_context.py: 2,000 tokens over four devices, what it reports, and what it refuses."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
 
 @pytest.fixture
-def main(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    sys.modules.pop("long_context", None)
-    import long_context
-
-    return long_context.main
+def main(load_script):
+    return load_script("long_context").main
 
 
 @pytest.fixture

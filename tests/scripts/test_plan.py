@@ -1,21 +1,15 @@
 """scripts/plan.py: tables, JSON and plot; errors in one line."""
 
 import argparse
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.delitem(sys.modules, "plan", raising=False)
-    return importlib.import_module("plan")
+def script(load_script):
+    return load_script("plan")
 
 
 def test_a_plan_in_json(script, tmp_path, capsys):
