@@ -20,6 +20,7 @@ from pallas_kernels.decode_attention import gpu_codebook_lookup as codes
 # Every storage with slots and without, GQA, MHA and MQA, all head sizes, empty rows and rows that end within a block.
 CASES = [
     ("kvquant4", "gqa4-h128", "T+1,full"),
+    ("kvquant3", "mqa16-h64", "T-1,T"),
     ("kvquant2", "mqa16-h64", "full,0"),
     ("kvquant3-dense", "mha-h128", "0,1"),
     ("kvquant3", "gqa3-h96", "T-1,T"),
@@ -42,7 +43,7 @@ def test_byte_permutes_decode_every_field_exactly(bits):
     levels = np.sort(rng.uniform(-30, 30, (1, 2**bits)), axis=-1).astype(np.float32)
     table = [np.uint32(t) for t in np.asarray(codes.tables(jnp.asarray(levels)))[0, : codes.REGISTERS[bits]]]
     pairs = codes.decode_pair(*words, table, bits, byte_permute)
-    assert len(pairs) == codes.FIELDS[bits]
+    assert len(pairs) == codes.FIELDS[bits] and len(table) == codes.REGISTERS[bits]
     for field, pair in enumerate(pairs):
         for half in (0, 1):
             got = (pair >> np.uint32(16 * half)).astype(np.uint16).view(np.float16)

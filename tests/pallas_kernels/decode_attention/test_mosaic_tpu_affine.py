@@ -103,7 +103,9 @@ def test_longer_blocks(tokens, chip):
     assert error <= 2 * kernel_cases.errors(kernel_cases.low_precision(arguments, jnp.bfloat16), expected)[0]
 
 
-@pytest.mark.parametrize(("storage", "shape", "chip"), [("kivi2", "gqa4-h64", OLD), ("int4", "gqa3-h128", NEW)])
+@pytest.mark.parametrize(
+    ("storage", "shape", "chip"), [("kivi2", "mha-h128", OLD), ("kivi2", "gqa4-h64", OLD), ("int4", "gqa3-h128", NEW)]
+)
 def test_on_a_simulated_tpu_with_race_detection(storage, shape, chip):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 

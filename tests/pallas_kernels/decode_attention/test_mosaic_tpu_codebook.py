@@ -77,12 +77,13 @@ def test_every_third_block_of_a_context(storage, shape, chip):
     assert_close([kernel_cases.case(storage, shape, "T+1,full", 100, stride=3)], shape, chip=chip)
 
 
-def test_on_a_simulated_tpu_with_race_detection():
+@pytest.mark.parametrize("shape", ["mha-h128", "gqa4-h64"])
+def test_on_a_simulated_tpu_with_race_detection(shape):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
     try:
-        cases = [kernel_cases.case("kvquant2", "gqa4-h64", "T+1,full", 100)]
-        assert_close(cases, "gqa4-h64", chip=NEW, interpret=pltpu.InterpretParams(detect_races=True))
+        cases = [kernel_cases.case("kvquant2", shape, "T+1,full", 100)]
+        assert_close(cases, shape, chip=NEW, interpret=pltpu.InterpretParams(detect_races=True))
         assert not simulator.races.races_found
     finally:
         pltpu.reset_tpu_interpret_mode_state()

@@ -120,7 +120,7 @@ def test_levels_of_values_follow_their_probabilities(monkeypatch):
     assert (read[0, 1:] == 0).all()  # beyond the row's 129 tokens
 
 
-@pytest.mark.parametrize("shape, online", [("mha-h128", False), ("gqa4-h128", True)])
+@pytest.mark.parametrize("shape, online", [("mha-h128", False), ("gqa4-h128", True), ("gqa2-h256", True)])
 def test_without_races(shape, online):
     a = case(shape, "T+1,full")
     if online:
