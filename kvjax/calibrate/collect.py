@@ -18,7 +18,8 @@ from kvjax.calibrate.fisher import activations_and_gradients, keys_and_values
 from kvjax.calibrate.fit import Stats, TensorStats
 from kvjax.calibrate.histogram import bin_moments
 from kvjax.calibrate.ranges import init_tails, merge_tails, range_of
-from kvjax.codecs.kvquant import NUQChannelCodec, normalize_keys, normalize_values
+from kvjax.codecs.kvquant import NUQChannelCodec
+from kvjax.codecs.outliers import normalize_keys, normalize_values
 from kvjax.model.llama import LoadedModel
 
 

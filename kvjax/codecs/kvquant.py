@@ -34,12 +34,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.codecs.base import AbstractCodec, Leaf, Params, keep_tokens, nearest
+from kvjax.codecs.outliers import FLOAT16_MAX, outside, stored_range, token_range
 from kvjax.codecs.tables import nf_levels, uniform_levels
 from pallas_kernels import packing
-
-# The smallest normal float16: a narrower range is stored as this, which rounds a constant token to itself.
-_MIN_SCALE = 2.0**-14
-_FLOAT16_MAX = 65504.0
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +109,7 @@ class _NUQCodec(AbstractCodec):
             return codes, None, None
         residual = x - (scale * _lookup(decode_levels, codes) + zero)
         residual = jnp.take_along_axis(residual, outlier_index, axis=-1)
-        residual = jnp.where(is_outlier, jnp.clip(residual, -_FLOAT16_MAX, _FLOAT16_MAX), 0.0).astype(jnp.float16)
+        residual = jnp.where(is_outlier, jnp.clip(residual, -FLOAT16_MAX, FLOAT16_MAX), 0.0).astype(jnp.float16)
         return codes, outlier_index.astype(jnp.uint8).swapaxes(-1, -2), residual.swapaxes(-1, -2)
 
     def _dequantize(self, block: NUQBlock, scale, zero, params) -> jax.Array:
@@ -164,7 +161,7 @@ class NUQChannelCodec(_NUQCodec):
         x = x.astype(jnp.float32)
         scale, zero = self._ranges(x, params)
         slots = self.slots(x.shape[-1])
-        index, is_outlier = _outside(x, scale, zero, slots) if slots else (None, None)
+        index, is_outlier = outside(x, scale, zero, slots) if slots else (None, None)
         codes, channel, residual = self._quantize(x, scale, zero, index, is_outlier, params)
         if self.ranges == "offline":
             return NUQBlock(codes, slot_channel=channel, slot_residual=residual)
@@ -190,8 +187,8 @@ class NUQChannelCodec(_NUQCodec):
             return super().dropped(x, params)
         x = x.astype(jnp.float32)
         scale, zero = self._ranges(x, params)
-        outside = (jnp.abs((x - zero) / scale) > 1.0).sum(-1, dtype=jnp.int32)
-        return jnp.maximum(outside - slots, 0).sum((-1, -2), dtype=jnp.int32)
+        count = (jnp.abs((x - zero) / scale) > 1.0).sum(-1, dtype=jnp.int32)
+        return jnp.maximum(count - slots, 0).sum((-1, -2), dtype=jnp.int32)
 
     def _offline(self, params: Params, ndim: int) -> tuple[jax.Array, jax.Array]:
         if params is None:
@@ -207,7 +204,7 @@ class NUQChannelCodec(_NUQCodec):
         tail = self.outliers / 2  # section 3.1: half of the outliers on each side
         low = jnp.quantile(x, tail, axis=-2, keepdims=True) if tail else x.min(-2, keepdims=True)
         high = jnp.quantile(x, 1 - tail, axis=-2, keepdims=True) if tail else x.max(-2, keepdims=True)
-        return _stored_range(low, high)
+        return stored_range(low, high)
 
     def bits_per_element(self, tokens: int, kv_heads: int, head_dim: int) -> float:
         online = 32.0 / tokens if self.ranges == "block" else 0.0
@@ -232,7 +229,7 @@ class NUQTokenCodec(_NUQCodec):
 
     def quantize(self, x: jax.Array, params: Params = None) -> NUQBlock:
         x = x.astype(jnp.float32)
-        index, scale, zero = _token_range(x, self.slots(x.shape[-1]))
+        index, scale, zero = token_range(x, self.slots(x.shape[-1]))
         is_outlier = None if index is None else jnp.ones(index.shape, bool)
         codes, channel, residual = self._quantize(x, scale, zero, index, is_outlier, params)
         return NUQBlock(codes, scale[..., 0].astype(jnp.float16), zero[..., 0].astype(jnp.float16), channel, residual)
@@ -256,80 +253,6 @@ def _converted(block: NUQBlock, codes: jax.Array, dtype: Any) -> NUQBlock:
         return None if x is None else jax.lax.bitcast_convert_type(x, dtype)
 
     return NUQBlock(codes, cast(block.scale), cast(block.zero), block.slot_channel, cast(block.slot_residual))
-
-
-def normalize_keys(x: jax.Array, scale: jax.Array, zero: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Keys in units of their offline range, and which of them the codes carry alone (calibration's set).
-
-    Args:
-      x: `[..., K, T, H]`; scale, zero: broadcastable against it; slots: outlier slots per token and head.
-
-    Returns:
-      `(x - zero) / scale` clipped to [-1, 1], float32, and a mask that is False where a slot takes the element.
-    """
-    x = x.astype(jnp.float32)
-    scaled = (x - zero) / scale
-    inlier = jnp.ones(x.shape, bool)
-    if slots:
-        index, is_outlier = _outside(x, scale, zero, slots)
-        inlier = ~_at(jnp.where(is_outlier, index, x.shape[-1]), x.shape[-1])
-    return jnp.clip(scaled, -1.0, 1.0), inlier
-
-
-def normalize_values(x: jax.Array, slots: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Values in units of their token's range: `(normalized, scale, zero, inlier)`; scale and zero `[..., 1, T, 1]`."""
-    x = x.astype(jnp.float32)
-    index, scale, zero = _token_range(x, slots)
-    inlier = jnp.ones(x.shape, bool) if index is None else ~_at(index, x.shape[-1])
-    return jnp.clip((x - zero) / scale, -1.0, 1.0), scale, zero, inlier
-
-
-def _stored_range(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero of [low, high], rounded to their stored type before any code is computed."""
-    scale = jnp.clip((high - low) * 0.5, _MIN_SCALE, _FLOAT16_MAX).astype(jnp.float16)
-    zero = jnp.clip((high + low) * 0.5, -_FLOAT16_MAX, _FLOAT16_MAX).astype(jnp.float16)
-    return scale.astype(jnp.float32), zero.astype(jnp.float32)
-
-
-def _token_range(x: jax.Array, slots: int) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """The slots' channels `[..., K, T, s]`, and the stored range `[..., 1, T, 1]` of what is left of each token."""
-    if not slots:
-        return None, *_stored_range(x.min((-3, -1), keepdims=True), x.max((-3, -1), keepdims=True))
-    centre = x.mean((-3, -1), keepdims=True)
-    _, index = _largest(jnp.abs(x - centre), slots)
-    rest = ~_at(index, x.shape[-1])
-    # All channels in slots (fraction 1): the range is empty, and any will do.
-    low = jnp.minimum(jnp.where(rest, x, jnp.inf).min((-3, -1), keepdims=True), x.max((-3, -1), keepdims=True))
-    high = jnp.maximum(jnp.where(rest, x, -jnp.inf).max((-3, -1), keepdims=True), low)
-    return index, *_stored_range(low, high)
-
-
-def _outside(x, scale, zero, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Channels `[..., K, T, s]` of the elements farthest outside the range, and whether they are outside at all."""
-    distance, index = _largest(jnp.abs((x - zero) / scale), slots)
-    return index, distance > 1.0
-
-
-def _largest(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` largest of the last axis and where they are, int32, as `lax.top_k`; a few without its sort."""
-    if count > 4:
-        return jax.lax.top_k(x, count)
-    values, indices = [], []
-    for _ in range(count):
-        index = jnp.argmax(x, axis=-1, keepdims=True).astype(jnp.int32)
-        values.append(jnp.take_along_axis(x, index, axis=-1))
-        indices.append(index)
-        x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == index, -jnp.inf, x)
-    return jnp.concatenate(values, axis=-1), jnp.concatenate(indices, axis=-1)
-
-
-def _at(index: jax.Array, channels: int) -> jax.Array:
-    """Mask `[..., H]` of the channels listed in `index[..., s]`; an index of `channels` marks none."""
-    channel = jax.lax.broadcasted_iota(index.dtype, (1,) * (index.ndim - 1) + (channels,), index.ndim - 1)
-    mask = jnp.zeros((*index.shape[:-1], channels), bool)
-    for s in range(index.shape[-1]):
-        mask = mask | (index[..., s, None] == channel)
-    return mask
 
 
 def _lookup(levels: jax.Array, codes: jax.Array) -> jax.Array:
