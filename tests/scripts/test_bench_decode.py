@@ -112,7 +112,7 @@ def test_large_contexts_are_checked_at_both_ends():
     q, rows = jnp.asarray(specs.query(shape, rng)), np.ones(1, np.int32)
     arrays = [jax.tree.map(jnp.asarray, x) for x in (k, v)]
     first, last = (jnp.asarray(rows * n) for n in (450, 700))
-    rotation = specs.rotation(shape, rows * 700)
+    rotation = contents.rotation(shape.channels, rows * 700)
     got = jax.jit(lambda *x: reference.decode_attention(*x, rotation))(q, *arrays, jnp.int32(1), first, last)
     cut = [contents.cut(x, 1, 3, 3) for x in (k, v)]
     error, bound = accuracy.compare_window(got, q, *cut, (450, 700), 3, 700)
@@ -121,6 +121,13 @@ def test_large_contexts_are_checked_at_both_ends():
     assert elsewhere.log_sum > 100 * error.log_sum
     broken = got._replace(acc=got.acc * jnp.nan)
     assert accuracy.compare_window(broken, q, *cut, (450, 700), 3, 700)[0].output == np.inf
+
+
+def test_keys_are_turned_by_exact_angles():
+    offset, inv_freq = 1_000_003, 10000.0 ** -(np.arange(0, 128, 2) / 128)
+    cos, sin = contents.rotation(128, np.zeros(1)).angles(jnp.asarray([offset]))
+    np.testing.assert_allclose(cos[0], np.cos(offset * inv_freq), atol=1e-6)
+    np.testing.assert_allclose(sin[0], np.sin(offset * inv_freq), atol=1e-6)
 
 
 def test_times_are_taken_in_turn():

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.evaluate.bench import contents
 from pallas_kernels.decode_attention import api, heads, reference, specs
 from pallas_kernels.decode_attention.formats import Format, Partial, shape_of
 
@@ -55,7 +56,7 @@ def small_case(
     device = [jax.tree.map(jnp.asarray, x) for x in (q, *heads.join_formats(k, v, joined, kinds.pre_rope))]
 
     def attend(q, k, v, first, last):
-        rotation = specs.rotation(size, position) if kinds.pre_rope else None
+        rotation = contents.rotation(size.channels, position) if kinds.pre_rope else None
         return api.decode_attention(
             q, k, v, layer=jnp.int32(1), first=first, last=last, rotation=rotation, implementation=implementation,
             chip=chip,
@@ -124,7 +125,7 @@ def _both(layer, q, k, v, first, last, position) -> tuple[Partial, Partial]:
     """The definition, and the same in bfloat16."""
     layers, batch, blocks, heads, tokens, channels = shape_of(k)
     size = specs.Shape(layers, batch, blocks, heads, q.shape[2], channels, tokens)
-    rotation = None if position is None else specs.rotation(size, position)
+    rotation = None if position is None else contents.rotation(size.channels, position)
     arguments = (q, k, v, layer, first, last, rotation)
     return reference.decode_attention(*arguments), _rounded(*arguments)
 

@@ -274,7 +274,7 @@ def loop(
     k: Format, v: Format, first: jax.Array, last: jax.Array,
 ) -> Partial:  # fmt: skip
     """`steps` steps, each on the next layer; the answer of the last one."""
-    rotation = specs.rotation(shape, np.full(shape.batch, context, np.int32)) if kinds.pre_rope else None
+    rotation = contents.rotation(shape.channels, np.full(shape.batch, context, np.int32)) if kinds.pre_rope else None
 
     def body(i, before: Partial) -> Partial:
         return api.decode_attention(
