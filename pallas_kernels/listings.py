@@ -161,6 +161,7 @@ class GpuKernel:
       shared_bytes: shared memory per block: what the kernel asks for when launched, and what is fixed.
       opcodes: of each instruction, in order, modifiers included.
       loops: inner loops may share a start with outer ones.
+      branches: what is jumped over, by whatever condition, in order.
     """
 
     registers: int
@@ -168,9 +169,11 @@ class GpuKernel:
     shared_bytes: int
     opcodes: tuple[str, ...]
     loops: tuple[Loop, ...]
+    branches: tuple[Loop, ...] = ()
 
-    def count(self, loop: Loop | None = None) -> Counts:
-        """Instructions by opcode (without modifiers) in all of the code or in a loop; no-ops left out.
+    def count(self, loop: Loop | None = None, left_out: tuple[Loop, ...] = ()) -> Counts:
+        """Instructions by opcode (without modifiers) in all of the code or in a loop, without some of its parts and
+        without no-ops.
 
         Loops in it that run a constant number of times count as often.
         """
@@ -178,7 +181,7 @@ class GpuKernel:
         inner = [x for x in self.loops if x.trips and x != loop and start <= x.start and x.stop <= stop]
         total: Counts = collections.Counter()
         for i in range(start, stop):
-            if self.opcodes[i] != "NOP":
+            if self.opcodes[i] != "NOP" and not any(part.start <= i < part.stop for part in left_out):
                 times = math.prod(x.trips or 1 for x in inner if x.start <= i < x.stop)
                 total[self.opcodes[i].split(".")[0]] += times
         return total
@@ -203,20 +206,20 @@ def _gpu_kernel(text: str, shared: int) -> GpuKernel:
         raise ValueError("ptxas reports no registers")
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     fixed = max((int(n) for n in re.findall(r"(\d+) bytes smem", report)), default=0)
-    opcodes, loops = _sass(sass)
+    opcodes, loops, branches = _sass(sass)
     spilled = int(spills[1]) + int(spills[2]) if spills else 0
-    return GpuKernel(int(registers[1]), spilled, shared + fixed, opcodes, loops)
+    return GpuKernel(int(registers[1]), spilled, shared + fixed, opcodes, loops, branches)
 
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 _COMPARISON = re.compile(r"\bU?ISETP\.NE\S* U?P\d, U?PT, (U?R\d+), 0x([0-9a-f]+),")
 
 
-def _sass(text: str) -> tuple[tuple[str, ...], tuple[Loop, ...]]:
-    """Opcodes, and the loops: branches back to a label."""
+def _sass(text: str) -> tuple[tuple[str, ...], tuple[Loop, ...], tuple[Loop, ...]]:
+    """Opcodes, the loops (branches back to a label) and what other branches jump over."""
     labels: dict[str, int] = {}
     code: list[tuple[str, str, str]] = []  # predicate, opcode, operands
-    spans = []
+    spans, ahead = [], []
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x_\w+):", line):
             labels[label[1]] = len(code)
@@ -224,6 +227,8 @@ def _sass(text: str) -> tuple[tuple[str, ...], tuple[Loop, ...]]:
             target = re.search(r"`\((\.L_x_\w+)\)", found[3])
             if found[2].startswith("BRA") and target and target[1] in labels:
                 spans.append((labels[target[1]], len(code) + 1))
+            elif found[2].startswith("BRA") and target:
+                ahead.append((len(code) + 1, target[1]))
             code.append((found[1] or "", found[2], found[3]))
     spans.sort(key=lambda span: (span[0], -span[1]))
     loops = []
@@ -231,7 +236,8 @@ def _sass(text: str) -> tuple[tuple[str, ...], tuple[Loop, ...]]:
         leaf = not any(start <= a and b <= stop and (a, b) != (start, stop) for a, b in spans)
         body = "\n".join(opcode + rest for _, opcode, rest in code[start:stop])
         loops.append(Loop(start, stop, _sass_trips(body, code[stop - 1][0]) if leaf else None))
-    return tuple(opcode for _, opcode, _ in code), tuple(loops)
+    branches = (Loop(start, labels[name], 1) for start, name in ahead if name in labels)
+    return tuple(opcode for _, opcode, _ in code), tuple(loops), tuple(branches)
 
 
 def _sass_trips(body: str, again: str) -> int | None:

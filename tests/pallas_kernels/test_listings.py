@@ -148,4 +148,6 @@ def test_instructions_of_a_gpu_kernel_by_loop():
     assert (outer, inner, halt) == (Loop(1, 7), Loop(2, 5), Loop(8, 9))
     assert kernel.count(inner) == {"HGMMA": 1, "BRA": 1}
     assert kernel.count(outer) == collections.Counter(LOP3=1, HGMMA=1, BRA=3)
+    assert kernel.count(outer, (inner,)) == collections.Counter(LOP3=1, BRA=2)
+    assert kernel.branches == (Loop(6, 8, 1),)
     assert kernel.count().total() == 8
