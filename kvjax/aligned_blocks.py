@@ -17,6 +17,7 @@ leave at most 8 bits of values. So they are read in full, which it allows too.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from kvjax import reads
 from kvjax.aligned_parts import by_criterion
 from kvjax.cache import Segment
 from kvjax.codecs import align
+from kvjax.codecs.planes import EXPONENTS
 from pallas_kernels.decode_attention import api
 from pallas_kernels.decode_attention.formats import Partial, Planes, shape_of
 
@@ -91,20 +93,29 @@ def attend(
     return partial, jnp.concatenate([runs.counts(*side) for side in sides], -1)
 
 
-def key_levels(codec: Any, q: jax.Array, extent: Any) -> jax.Array:
+def key_levels(codec: Any, q: jax.Array, extent: jax.Array) -> jax.Array:
     """Planes to read of each run's keys, by a budget.
 
+    A larger channel needs no fewer planes, so for each plane there is an exponent from which on the channel needs it.
+    What is as large as the context is only compared with that, one byte with another.
+
     Args:
+      codec: a `PlanesCodec`.
       q: `[B, K, G, H]` as scored, times the softmax scale.
-      extent: leaves `[B, U, K, H]`, the largest of each run.
+      extent: uint8 `[B, U, K, H]`, the largest exponent of each run.
 
     Returns:
       int32 `[B, U, K]`.
     """
-    weight = jnp.abs(q)[:, None]
-    errors = tuple(e[..., None, :] for e in codec.errors(extent))
-    total, count, budget = weight.sum(-1, keepdims=True), jnp.float32(q.shape[-1]), jnp.float32(codec.read.budget)
-    return align.within_budget(codec.read, budget, weight, total, count, errors).max((-2, -1))
+    weight = jnp.abs(q)[..., None]
+    errors = codec.errors(jnp.arange(EXPONENTS, dtype=jnp.uint8).reshape(1, 1, 1, 1, EXPONENTS))
+    total, count, budget = weight.sum(-2, keepdims=True), jnp.float32(q.shape[-1]), jnp.float32(codec.read.budget)
+    level = align.within_budget(codec.read, budget, weight, total, count, errors).max(2)
+    needed = jnp.zeros(extent.shape[:-1], jnp.int32)
+    for i in range(1, len(errors) + 1):
+        least = (level < i).sum(-1, dtype=jnp.uint8)[:, None]  # exponent at which plane i is needed, `[B, 1, K, H]`
+        needed = needed + (extent >= least).any(-1).astype(jnp.int32)
+    return needed
 
 
 def value_limits(codec: Any, extent: Any, count: jax.Array) -> jax.Array:
@@ -158,17 +169,27 @@ class _Runs:
         """The largest extent in each run, leaves `[B, U, K, ...]`; None where the codec's rule has no use for it."""
         if by_criterion(codec):
             return None
-        stored = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), storage)
+        stored = jax.tree.map(functools.partial(self._one_layer, layer), storage)
         extent = jax.tree.map(self._largest, codec.extent(codec.unpack(stored)))
         if codec.along == "tokens" and codec.read.scope == "running":
             extent = jax.tree.map(lambda x: jnp.broadcast_to(x.max(1, keepdims=True), x.shape), extent)
         return extent
+
+    def _one_layer(self, layer: Any, leaf: jax.Array) -> jax.Array:
+        if self.run > 1:
+            return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+        # On GPU, of a slice with an axis of size 1 XLA makes up where it lies, and copies the array to be like that.
+        _, batch, blocks, *rest = leaf.shape
+        flat = leaf.reshape(-1, *rest)
+        return jax.lax.dynamic_slice_in_dim(flat, layer * (batch * blocks), batch * blocks).reshape(leaf.shape[1:])
 
     def _largest(self, x: jax.Array) -> jax.Array:
         """`x[B, N, ...]` >= 0 to `[B, U, ...]`, of the blocks that are seen."""
         start = jnp.arange(self.blocks, dtype=jnp.int32)[None] * self.block
         seen = (start < self.rows.last[:, None]) & (start + self.block > self.rows.first[:, None])
         x = jnp.where(seen.reshape(seen.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+        if self.run == 1:
+            return x
         x = jnp.pad(x, [(0, 0), (0, -self.blocks % self.run)] + [(0, 0)] * (x.ndim - 2))
         # Not a reshape to `[B, U, run, ...]`: on TPU it would be a temporary of 16 times the size.
         window = (1, self.run) + (1,) * (x.ndim - 2)

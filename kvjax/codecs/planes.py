@@ -32,6 +32,7 @@ from kvjax.codecs.base import AbstractCodec, Leaf, Params
 from pallas_kernels import packing
 
 _FLOAT16_MAX = 65504.0
+EXPONENTS = 32  # biased exponents that float16 has
 
 
 def split(bits: jax.Array) -> tuple[jax.Array, ...]:
