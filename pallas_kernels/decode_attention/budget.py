@@ -8,6 +8,7 @@ cycles from the chip's bandwidth. These are budgets; a device's clock, its waits
 import dataclasses
 import functools
 import importlib
+import itertools
 import math
 from typing import Any
 
@@ -206,23 +207,21 @@ def _tpu_tile(
 
 def _planes_cost(storage: str, on: deviceless.Target, shape: specs.Shape) -> Cost:
     """Of a run read to the levels of `specs.PLANES_READ`; all rows of a chip are paths through one kernel."""
-    tpu_planes = importlib.import_module("pallas_kernels.decode_attention.tpu_planes")
-    kernel, memory, padding = _planes(on, shape)
-    blocks, _, per_chunk = tpu_planes.units(shape.tokens, LONG // shape.tokens, shape.channels)
-    chunk, *sides = kernel.loops[-3:]
-    slots = kernel.count(chunk, tuple(sides))
-    for loop, level in zip(sides, specs.PLANES_READ[storage]):
-        levels = [b for b in kernel.branches if loop.start <= b.start and b.stop <= loop.stop and b.stop - b.start > 32]
-        if len(levels) != 4:
-            raise ValueError(f"the loop at bundle {loop.start:#x} was to have a branch for each of 4 levels")
-        for unit, used in kernel.count(loop, tuple(b for i, b in enumerate(levels) if i != level)).items():
-            slots[unit] += per_chunk * used
-    tiles = per_chunk * blocks * shape.tokens / TILE
-    units = {unit: used / tiles for unit, used in slots.items()}
-    instructions = units.pop("bundles")
+    # H100 and H200 run the same code, as above.
+    kernel, memory, padding = _planes(deviceless.target("h100") if on.platform == "cuda" else on, shape)
+    levels, elements = specs.PLANES_READ[storage], 2 * TILE * shape.channels
+    if on.platform == "tpu":
+        units = _tpu_planes(kernel, levels, shape)
+        instructions = units.pop("bundles")
+        per_element, spills = sum(units.get(unit, 0.0) for unit in VECTOR) * VREG / elements, kernel.spills
+        facts = {}
+    else:
+        units = _gpu_planes(kernel, levels)
+        instructions = sum(units.values())
+        per_element, spills = instructions * LANES / elements, kernel.spill_bytes
+        facts = {"registers": kernel.registers, "shared_bytes": kernel.shared_bytes}
     widths = (0, 8, 12, 16)
-    tile_bytes = sum(widths[level] for level in specs.PLANES_READ[storage]) * TILE * shape.channels / 8
-    vector = sum(units.get(unit, 0.0) for unit in VECTOR)
+    tile_bytes = sum(widths[level] for level in levels) * TILE * shape.channels / 8
     return Cost(
         storage,
         on.chip,
@@ -231,15 +230,47 @@ def _planes_cost(storage: str, on: deviceless.Target, shape: specs.Shape) -> Cos
         instructions,
         instructions,
         units,
-        vector * VREG / (2 * TILE * shape.channels),
-        kernel.spills,
+        per_element,
+        spills,
         memory.temporary,
         padding,
+        **facts,
     )
 
 
+def _tpu_planes(kernel: listings.Schedule, levels: tuple[int, int], shape: specs.Shape) -> dict[str, float]:
+    """Slots and "bundles" per tile, of keys and values read to `levels`."""
+    tpu_planes = importlib.import_module("pallas_kernels.decode_attention.tpu_planes")
+    blocks, _, per_chunk = tpu_planes.units(shape.tokens, LONG // shape.tokens, shape.channels)
+    chunk, *sides = kernel.loops[-3:]
+    slots = kernel.count(chunk, tuple(sides))
+    for loop, level in zip(sides, levels):
+        paths = [b for b in kernel.branches if loop.start <= b.start and b.stop <= loop.stop and b.stop - b.start > 32]
+        if len(paths) != 4:
+            raise ValueError(f"the loop at bundle {loop.start:#x} was to have a branch for each of 4 levels")
+        for unit, used in kernel.count(loop, tuple(b for i, b in enumerate(paths) if i != level)).items():
+            slots[unit] += per_chunk * used
+    tiles = per_chunk * blocks * shape.tokens / TILE
+    return {unit: used / tiles for unit, used in slots.items()}
+
+
+def _gpu_planes(kernel: listings.GpuKernel, levels: tuple[int, int]) -> dict[str, float]:
+    """Instructions per tile, which is a block, and opcode, of keys and values read to `levels`."""
+    hot = _hot_loop(kernel)
+    ends = {hot.start, hot.stop, *(i for b in kernel.branches for i in (b.start, b.stop) if hot.start < i < hot.stop)}
+    pieces = [listings.Loop(*ends, 1) for ends in itertools.pairwise(sorted(ends))]
+    paths = [piece for piece in pieces if kernel.count(piece)["HGMMA"]]
+    if len(paths) != 6:
+        raise ValueError(f"the loop was to have products at each of 3 levels of keys and of values, not {len(paths)}")
+    left_out = []
+    for side, level in zip((paths[:3], paths[3:]), levels):
+        by_planes = sorted(side, key=lambda piece: sum(kernel.count(piece).values()))
+        left_out += [piece for i, piece in enumerate(by_planes, 1) if i != level]
+    return dict(kernel.count(hot, tuple(left_out)))
+
+
 @functools.cache
-def _planes(on: deviceless.Target, shape: specs.Shape) -> tuple[listings.Schedule, deviceless.Memory, float]:
+def _planes(on: deviceless.Target, shape: specs.Shape) -> tuple[Any, deviceless.Memory, float]:
     """The kernel that reads in part, over 1,048,576 tokens, its memory, and bytes on the device over those stored."""
     shape = dataclasses.replace(shape, blocks=LONG // shape.tokens)
     kinds = specs.PLANES["alignedkv"]
@@ -268,11 +299,19 @@ def _planes(on: deviceless.Target, shape: specs.Shape) -> tuple[listings.Schedul
 
 def _gpu_tile(kernel: listings.GpuKernel, k: Format, v: Format, group: int, elements: int) -> dict[str, float]:
     """Instructions per tile and opcode of the loop over the context."""
-    # Slow paths (waits) stand behind the end and jump back, which looks like a larger loop.
-    products = {loop: sum(kernel.count(loop)[op] for op in ("HGMMA", "HMMA")) for loop in kernel.loops}
-    hot = min((loop for loop in products if products[loop] == max(products.values())), key=lambda x: x.stop - x.start)
+    hot = _hot_loop(kernel)
     tiles = mosaic_gpu.chunk_tokens(k, v, group) / TILE
-    if products[hot] * 64 * 16 < tiles * elements:
-        raise ValueError(f"{products[hot]} matrix products of 64 x 16 are too few for {tiles:g} tiles")
+    if _products(kernel, hot) * 64 * 16 < tiles * elements:
+        raise ValueError(f"{_products(kernel, hot)} matrix products of 64 x 16 are too few for {tiles:g} tiles")
     # Every lane of a warp group's four warps runs them, one warp on each of an SM's four schedulers.
     return {opcode: n / tiles for opcode, n in kernel.count(hot).items()}
+
+
+def _hot_loop(kernel: listings.GpuKernel) -> listings.Loop:
+    # Slow paths (waits) stand behind the end and jump back, which looks like a larger loop.
+    products = {loop: _products(kernel, loop) for loop in kernel.loops}
+    return min((loop for loop in products if products[loop] == max(products.values())), key=lambda x: x.stop - x.start)
+
+
+def _products(kernel: listings.GpuKernel, loop: listings.Loop) -> int:
+    return sum(kernel.count(loop)[op] for op in ("HGMMA", "HMMA"))

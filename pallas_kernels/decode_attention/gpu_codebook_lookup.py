@@ -92,7 +92,7 @@ def lookup(words: jax.Array, table: list, bits: int, fields: list[int], layout, 
         pair = ir.VectorType.get((2,), ir.F16Type.get())
         for i in np.ndindex(words.registers.shape):
             w0, w1 = (Word(_element(words.registers[i], j)) for j in (0, 1))
-            found = decode_pair(w0, w1, table, bits, _prmt)
+            found = decode_pair(w0, w1, table, bits, prmt)
             for out, f in zip(registers, fields):
                 out[i] = llvm.bitcast(pair, found[f].value)
         return tuple(mgpu.FragmentedArray(_registers=r, _layout=words.layout, _is_signed=None) for r in registers)
@@ -154,7 +154,7 @@ def lookup_shared(words: jax.Array, table, which: int, bits: int, part: int, lay
 
         for i in np.ndindex(words.registers.shape):
             w0, w1 = (Word(_element(words.registers[i], j)) for j in (0, 1))
-            for out, x in zip(registers, decode_part(w0, w1, own, bits, part, load, _prmt, _masked_or)):
+            for out, x in zip(registers, decode_part(w0, w1, own, bits, part, load, prmt, _masked_or)):
                 out[i] = llvm.bitcast(pair, x.value)
         return tuple(mgpu.FragmentedArray(_registers=r, _layout=words.layout, _is_signed=None) for r in registers)
 
@@ -274,7 +274,7 @@ def _masked_or(a: Word, mask: int, b: Word) -> Word:
     return Word(llvm.inline_asm(i32, operands, text, "=r,r,r", has_side_effects=False))
 
 
-def _prmt(a: Word, b: Word, select) -> Word:
+def prmt(a: Word, b: Word, select) -> Word:
     operands = [a.value, b.value, _value(select)]
     i32 = ir.IntegerType.get_signless(32)
     return Word(llvm.inline_asm(i32, operands, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", has_side_effects=False))

@@ -36,6 +36,7 @@ A decoder is a frozen dataclass with static fields only (`plan` among them). It 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -161,11 +162,19 @@ def attend(plan: Plan, keys, values, k: Format, v: Format, q, layer, first, last
     scalars = [x.astype(jnp.int32).reshape(-1) for x in (layer, first, last)]
     *results, top, total = _call(plan, keys, values, scalars, inputs)
     # Columns that no query fills go first, or XLA makes kernels of their own for that.
-    top, total = top[..., :group], total[..., :group]
-    best = functools.reduce(jnp.maximum, [top[:, :, i] for i in range(plan.splits)])
-    weight = jnp.exp2(top - best[:, :, None])
-    acc = values.merge(results, weight)
-    total = joined(total, weight)
+    return merged(lambda weight: values.merge(results, weight), top[..., :group], total[..., :group])
+
+
+def merged(merge: Callable, top: jax.Array, total: jax.Array, lift: int = 0) -> Partial:
+    """Joins splits: `top`, in units of log2, and `total`, both `[B, K, S, G]`.
+
+    Args:
+      merge: `merge(weight [B, K, S, G]) -> [B, K, G, H]` joins the rest.
+      lift: sums are times 2**lift.
+    """
+    best = functools.reduce(jnp.maximum, [top[:, :, i] for i in range(top.shape[2])])
+    weight = jnp.exp2(top - best[:, :, None] - jnp.float32(lift))
+    acc, total = merge(weight), joined(total, weight)
     return Partial(acc, jnp.where(total > 0, best / jnp.float32(LOG2E), jnp.float32(EMPTY)), total)
 
 

@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_attention import gpu_planes
 from pallas_kernels.decode_attention.formats import (
     Affine,
     Codebook,
     Dense,
     Format,
     Partial,
+    Planes,
     Rotation,
     describe,
     shape_of,
@@ -43,6 +45,10 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
         return
     if rotates:
         raise NotImplementedError("The Hopper kernel does not rotate keys that are stored before RoPE in this format.")
+    if isinstance(k, Planes) or isinstance(v, Planes):
+        if why := gpu_planes.refusal(k, v):
+            raise NotImplementedError(f"The Hopper kernel does not read {describe(k)} with {describe(v)}: {why}.")
+        return
     if tokens not in (128, 256, 512):
         raise NotImplementedError(f"The Hopper kernel takes blocks of 128, 256 or 512 tokens, not {tokens}.")
     for name, fmt in (("keys", k), ("values", v)):
@@ -125,11 +131,17 @@ def decode_attention(
     """As `api.decode_attention`; `splits` overrides how many programs share a row and head."""
     from pallas_kernels.decode_attention import gpu_skeleton
 
+    if isinstance(k, Planes) and isinstance(v, Planes):
+        return attend_in_part(q, k, v, layer, first, last, interpret=interpret, splits=splits)[0]
     if isinstance(k, Codebook):
         plan, keys, values = _codebooks(k, v, q.shape[2], layer, rotation, interpret, splits)
     else:
         plan, keys, values = _decoders(k, v, q.shape[2], interpret, splits)
     return gpu_skeleton.attend(plan, keys, values, k, v, q, layer, first, last)
+
+
+attend_in_part = gpu_planes.attend_in_part
+run = gpu_planes.run
 
 
 def _decoders(k: Any, v: Any, group: int, interpret: Any = None, splits: int | None = None):

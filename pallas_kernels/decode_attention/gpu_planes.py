@@ -1,0 +1,100 @@
+"""Decode attention on Hopper over float16 in bit planes, which does not read the planes that a query does not need.
+
+A block of 128 tokens of one kv head is read to one level; the kernel is in `gpu_planes_kernel`, what happens around it
+here. Nothing is gained by larger runs: a block's planes are 16, 8 and 8 KiB (128 channels) in one piece, of keys whose
+words lie along tokens ("channels") as of values in "words".
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.decode_attention.formats import Format, Partial, Planes, shape_of
+
+TOKENS = 128
+SPLIT_TOKENS = 2048
+PROGRAMS = {8: 528, 16: 528, 32: 264}  # by columns: what there is room for at once, or twice as many
+
+
+def refusal(k: Format, v: Format) -> str:
+    """Why the kernel does not read them, or nothing."""
+    if not (isinstance(k, Planes) and isinstance(v, Planes)):
+        return "keys and values must both be stored in float16 planes"
+    if k.limits is not None:
+        return "keys are read by `levels`; `limits` are on probabilities, for values"
+    if (k.order, v.order) != ("channels", "words"):
+        return f'keys are in order "{k.order}" and values in "{v.order}"; read are "channels" and "words"'
+    if (tokens := shape_of(k)[4]) != TOKENS:
+        return f"blocks must have {TOKENS} tokens, not {tokens}"
+    return ""
+
+
+def run(k: Format) -> int:
+    """Blocks that are read to one level."""
+    del k
+    return 1
+
+
+def plan(k: Planes, v: Planes, group: int, interpret: Any, splits: int | None = None):
+    from pallas_kernels.decode_attention.gpu_planes_kernel import Plan
+
+    _, batch, blocks, heads, _, channels = shape_of(k)
+    columns = 8 if group <= 4 else 16 if group <= 8 else 32
+    if splits is None:
+        splits = max(1, min(-(-PROGRAMS[columns] // (batch * heads)), blocks * TOKENS // SPLIT_TOKENS))
+    return Plan(batch, heads, blocks, channels, columns, splits, v.levels is None, interpret)
+
+
+def attend_in_part(
+    q: jax.Array,
+    k: Planes,
+    v: Planes,
+    layer: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    chip: str = "",
+    interpret: Any = None,
+    splits: int | None = None,
+) -> tuple[Partial, jax.Array]:
+    """As `api.attend_in_part`; `splits` overrides how many programs share a row and head."""
+    if not k.run == v.run == 1:
+        raise ValueError(f"`run={k.run}` of `k` and {v.run} of `v` must be 1: every block has a level of its own.")
+    from pallas_kernels.decode_attention import gpu_planes_kernel, gpu_planes_tiles
+    from pallas_kernels.decode_attention.gpu_dense import normalised
+    from pallas_kernels.decode_attention.gpu_skeleton import LOG2E, joined, merged
+    from pallas_kernels.decode_attention.gpu_words import value_rows
+
+    del chip
+    group = q.shape[2]
+    p = plan(k, v, group, interpret, splits)
+    scaled, unit = normalised(q, jnp.float32)
+    # reduce_precision, for XLA may take a conversion to float16 and back for nothing.
+    high = jax.lax.reduce_precision(scaled, 5, 10)
+    lost = (scaled - high) * jnp.float32(gpu_planes_tiles.LOST)
+    operand = jnp.stack([high, lost], axis=3).reshape(*q.shape[:2], 2 * group, q.shape[3]).astype(jnp.float16)
+    padding = p.columns - 2 * group, p.tiles * gpu_planes_tiles.ROWS - p.channels
+    operand = jnp.pad(operand, ((0, 0), (0, 0), *((0, n) for n in padding)))
+    known = jnp.full(unit.shape, gpu_planes_kernel.EMPTY, jnp.float32) if v.known is None else v.known
+    # Columns that no query fills must not ask for anything.
+    known = gpu_planes_tiles.paired(known * jnp.float32(LOG2E), p.columns, -gpu_planes_kernel.EMPTY)
+    rule = v.limits * jnp.float32(LOG2E) if p.online else v.levels[None]
+    shapes = [*gpu_planes_tiles.shapes(p.channels)[0], *gpu_planes_tiles.shapes(p.channels)[1]]
+    planes = [x.reshape(-1, *shape) for x, shape in zip((*k.planes, *v.planes), shapes)]
+    scalars = [x.astype(jnp.int32).reshape(-1) for x in (layer, first, last)]
+    unit = gpu_planes_tiles.paired(unit, p.columns, 0.0)
+    arrays = [*scalars, k.levels, rule, operand, unit, known, *planes]
+    *acc, top, total, read = gpu_planes_kernel.call(p, arrays)
+    top, total = (x[..., : 2 * group : 2] for x in (top, total))
+
+    def merge(weight: jax.Array) -> jax.Array:
+        rows = [joined(x[..., : 2 * group : 2] + x[..., 1 : 2 * group : 2], weight) for x in acc]
+        order = np.argsort(value_rows(np.arange(p.tiles * gpu_planes_tiles.ROWS)))
+        return jnp.concatenate(rows, axis=2)[:, :, order[: p.channels]].swapaxes(-1, -2)
+
+    start = jnp.arange(p.blocks, dtype=jnp.int32)[None] * TOKENS
+    seen = (start < last[:, None]) & (start + TOKENS > first[:, None]) & (first < last)[:, None]
+    partial = merged(merge, top, total, gpu_planes_kernel.LIFT)
+    return partial, jnp.where(seen[..., None], read.swapaxes(1, 2), 0)
