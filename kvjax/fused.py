@@ -41,7 +41,7 @@ from pallas_kernels.decode_attention.formats import (
 _KERNELS: dict[str, api.Implementation] = {"cpu": "xla_cpu", "gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 FAST: dict[tuple[type, str], api.Implementation] = {
     (block, platform): name for block in (DenseBlock, AffineBlock, NUQBlock) for platform, name in _KERNELS.items()
-} | {(PlanesBlock, "tpu"): _KERNELS["tpu"]}
+} | {(PlanesBlock, platform): _KERNELS[platform] for platform in ("gpu", "tpu")}
 
 
 def kernel_format(codec: AbstractCodec, storage: Any, params: Any, layers: int) -> Format:

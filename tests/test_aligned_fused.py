@@ -1,7 +1,6 @@
 """Caches of planes behind kernels: they read at least what the rules ask for, and count what they read."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from kvjax.model.weights import init_random
 from kvjax.policy import Preset, bind, preset
 from pallas_kernels.decode_attention import api, tpu_planes
 
+attend_in_part = api.attend_in_part
 B, K, G, H, T = 3, 2, 2, 32, 32
 SINKS = 1
 LENGTHS = np.array([SINKS + T, SINKS + 5 * T + 5, 20])
@@ -149,9 +149,17 @@ def test_devices_read_their_heads(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_steps_by_the_kernel_are_the_references_within_the_budget(monkeypatch):
+def interpreted(*arguments, implementation, **more):
+    if implementation == "mosaic_gpu":
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        return attend_in_part(*arguments, implementation=implementation, interpret=plgpu.InterpretGPUParams(), **more)
+    return attend_in_part(*arguments, implementation=implementation, interpret=True, **more)
+
+
+def test_steps_by_the_kernels_are_the_references_within_the_budget(monkeypatch):
     """Interpreted on rows of 1 token, of a block and of three; three steps each, over the seal of a block."""
-    monkeypatch.setattr(api, "attend_in_part", functools.partial(api.attend_in_part, interpret=True))
+    monkeypatch.setattr(api, "attend_in_part", interpreted)
     monkeypatch.setattr(tpu_planes, "UNIT_TOKENS", {0: 128})
     config = ModelConfig(
         layers=1, width=64, mlp_width=96, q_heads=4, kv_heads=2, head_dim=128, vocab=97, initializer_range=0.2
@@ -162,15 +170,19 @@ def test_steps_by_the_kernel_are_the_references_within_the_budget(monkeypatch):
         model, bind("alignedkv-budget", preset("alignedkv-budget"), 1), batch=3, capacity=500, target="reference"
     )
     _, filled = decode.prefill(model, filled, tokens, np.array([1, 127, 384]))
+    kernels = {"tpu:v5e": "mosaic_tpu", "gpu:sm_90": "mosaic_gpu"}
+    if jax.__version_info__ < (0, 11):
+        del kernels["gpu:sm_90"]
     logits, reads = {}, {}
-    for target in ("tpu:v5e", "reference"):
+    for target in (*kernels, "reference"):
         cache = dataclasses.replace(jax.tree.map(jnp.copy, filled), target=target)
         steps = []
         for i in range(3):
             out, cache = decode.step(model, cache, tokens[:, i])
             steps.append(np.asarray(out))
         logits[target], reads[target] = np.stack(steps), decode.bits_read(cache)
-        line = decode.explain(cache)
-        assert ("mosaic_tpu in decode steps (levels by runs of 128 tokens" in line) == (target == "tpu:v5e")
-    np.testing.assert_allclose(*logits.values(), atol=0.05 * logits["reference"].std())
-    assert reads["reference"]["all"] <= reads["tpu:v5e"]["all"] < 16
+        path = f"{kernels.get(target)} in decode steps (levels by runs of 128 tokens"
+        assert (path in decode.explain(cache)) == (target in kernels)
+    for target in kernels:
+        np.testing.assert_allclose(logits[target], logits["reference"], atol=0.05 * logits["reference"].std())
+        assert reads["reference"]["all"] <= reads[target]["all"] < 16
