@@ -120,7 +120,9 @@ def write_layer(
             storage = striped.store(
                 put, cache, storage, layer, sealed[:, None] + index, codec.encode(tokens, params), full, kept
             )
-            return storage, dropped + jnp.where(full, codec.dropped(tokens, params), 0).sum(1, dtype=jnp.int32)
+            # What keeps its codes was counted when it was first sealed.
+            fresh = full[..., None] & (jnp.arange(cache.block)[None, None] >= kept[..., None])
+            return storage, dropped + jnp.where(fresh, codec.dropped(tokens, params), 0).sum((1, 2), dtype=jnp.int32)
 
         most = (recent.shape[2] + new_tokens) // cache.block  # static bound on the blocks that can fill
         group = min(most, _SEAL_GROUP)

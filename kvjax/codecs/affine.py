@@ -40,7 +40,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kvjax.codecs.base import AbstractCodec, Leaf, Params, keep_tokens
+from kvjax.codecs.base import FLOAT16_MAX, AbstractCodec, Leaf, Params, keep_tokens
 from pallas_kernels import packing
 
 Along = Literal["tokens", "channels"]
@@ -55,7 +55,6 @@ ETA = {
     4: (0.0125, 0.0225, 0.0375),
     8: (0.0, 0.0, 0.0),
 }
-_LIMIT = 65504.0  # the largest float16: what is beyond saturates
 
 
 @jax.tree_util.register_dataclass
@@ -100,6 +99,8 @@ class AffineCodec(AbstractCodec):
 
     def __post_init__(self):
         packing.codes_per_cell(self.bits)
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"`group={self.group}` must be at least 1 element, such as 32, 64 or 128.")
         if self.group is None and self.along == "tokens":
             raise ValueError('`group=None` is the whole kv width of a token; it needs `along="channels"`.')
         if self.levels == "two_mean" and self.bits != 1:
@@ -237,8 +238,8 @@ class AffineCodec(AbstractCodec):
 
     def _store(self, low: jax.Array, high: jax.Array):
         """Scale and zero as they will be read back (float32), and as they are stored, with their ranges."""
-        low, high = jnp.clip(low, -_LIMIT, _LIMIT), jnp.clip(high, -_LIMIT, _LIMIT)
-        scale = jnp.minimum((high - low) / (2**self.bits - 1), _LIMIT)
+        low, high = jnp.clip(low, -FLOAT16_MAX, FLOAT16_MAX), jnp.clip(high, -FLOAT16_MAX, FLOAT16_MAX)
+        scale = jnp.minimum((high - low) / (2**self.bits - 1), FLOAT16_MAX)
         if self.meta != "int8":
             scale, zero = scale.astype(self.meta), low.astype(self.meta)
             return scale.astype(jnp.float32), zero.astype(jnp.float32), self._collect(scale), self._collect(zero), None
@@ -253,7 +254,7 @@ def _second_level(x: jax.Array, axes: tuple[int, int]) -> tuple[jax.Array, jax.A
     """`x` in uint8 and what the bytes mean, `(step, lowest)` in float16 `[..., 1, 2, n]`."""
     low = x.min(axes, keepdims=True).astype(jnp.float16)
     from_low = x - low.astype(jnp.float32)
-    step = jnp.minimum(from_low.max(axes, keepdims=True) / 255.0, _LIMIT).astype(jnp.float16)
+    step = jnp.minimum(from_low.max(axes, keepdims=True) / 255.0, FLOAT16_MAX).astype(jnp.float16)
     width = step.astype(jnp.float32)
     code = jnp.where(width > 0, jnp.clip(jnp.round(from_low / jnp.where(width > 0, width, 1.0)), 0, 255), 0)
     return code.astype(jnp.uint8), jnp.concatenate([step, low], axis=-2)[..., None, :, :]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 Leaf = Any  # arrays, but also the specs, None and ShapeDtypeStructs that JAX rebuilds dataclasses with
 Params = dict[str, Leaf] | None
+FLOAT16_MAX = 65504.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,11 @@ class AbstractCodec(abc.ABC):
         """Has constants that `kvjax.calibrate` fits per layer (tables, ranges)."""
         return False
 
+    @property
+    def largest(self) -> float:
+        """Magnitudes beyond it saturate: float16's, in which most codecs hold scales or elements."""
+        return FLOAT16_MAX
+
     @abc.abstractmethod
     def quantize(self, x: jax.Array, params: Params = None) -> Any:
         """`x[..., K, T, H]` in any float type to a block whose codes are not yet packed."""
@@ -81,8 +87,8 @@ class AbstractCodec(abc.ABC):
         """
 
     def dropped(self, x: jax.Array, params: Params = None) -> jax.Array:
-        """Outliers of `x` for which there was no slot, int32 `[...]` (leading axes only)."""
-        return jnp.zeros(x.shape[:-3], jnp.int32)
+        """Elements of each token of `x[..., K, T, H]` that saturate, int32 `[..., T]`."""
+        return (jnp.abs(x.astype(jnp.float32)) > self.largest).sum((-3, -1), dtype=jnp.int32)
 
     def encode(self, x: jax.Array, params: Params = None) -> Any:
         return self.pack(self.quantize(x, params))

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kvjax.codecs.base import AbstractCodec, Leaf, Params, keep_tokens
+from kvjax.codecs.base import FLOAT16_MAX, AbstractCodec, Leaf, Params, keep_tokens
 
 _TYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 _LARGEST = 448.0
@@ -45,10 +45,14 @@ class Float8Codec(AbstractCodec):
     def token_local(self) -> bool:
         return True
 
+    @property
+    def largest(self) -> float:
+        return _LARGEST * FLOAT16_MAX
+
     def quantize(self, x: jax.Array, params: Params = None) -> Float8Block:
         x = x.astype(jnp.float32)
         scale = jnp.abs(x).max((-3, -1), keepdims=True) / _LARGEST
-        scale = jnp.clip(scale, _MIN_SCALE, float(jnp.finfo(jnp.float16).max)).astype(jnp.float16)
+        scale = jnp.clip(scale, _MIN_SCALE, FLOAT16_MAX).astype(jnp.float16)
         # The scale may have been rounded down: without the clip the largest element would become NaN.
         values = jnp.clip(x / scale.astype(jnp.float32), -_LARGEST, _LARGEST).astype(_TYPES[self.format])
         return Float8Block(values, scale.swapaxes(-1, -2))

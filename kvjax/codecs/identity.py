@@ -33,9 +33,12 @@ class IdentityCodec(AbstractCodec):
     def token_local(self) -> bool:
         return True
 
+    @property
+    def largest(self) -> float:
+        return float(jnp.finfo(self.dtype).max)
+
     def quantize(self, x: jax.Array, params: Params = None) -> DenseBlock:
-        limit = float(jnp.finfo(self.dtype).max)
-        return DenseBlock(jnp.clip(x.astype(jnp.float32), -limit, limit).astype(self.dtype))
+        return DenseBlock(jnp.clip(x.astype(jnp.float32), -self.largest, self.largest).astype(self.dtype))
 
     def dequantize(self, block: DenseBlock, params: Params = None) -> jax.Array:
         return block.values.astype(jnp.float32)

@@ -33,8 +33,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kvjax.codecs.base import AbstractCodec, Leaf, Params, keep_tokens, nearest
-from kvjax.codecs.outliers import FLOAT16_MAX, outside, stored_range, token_range
+from kvjax.codecs.base import FLOAT16_MAX, AbstractCodec, Leaf, Params, keep_tokens, nearest
+from kvjax.codecs.outliers import farthest, stored_range, token_range
 from kvjax.codecs.tables import nf_levels, uniform_levels
 from pallas_kernels import packing
 
@@ -161,7 +161,7 @@ class NUQChannelCodec(_NUQCodec):
         x = x.astype(jnp.float32)
         scale, zero = self._ranges(x, params)
         slots = self.slots(x.shape[-1])
-        index, is_outlier = outside(x, scale, zero, slots) if slots else (None, None)
+        index, is_outlier = farthest(x, scale, zero, slots) if slots else (None, None)
         codes, channel, residual = self._quantize(x, scale, zero, index, is_outlier, params)
         if self.ranges == "offline":
             return NUQBlock(codes, slot_channel=channel, slot_residual=residual)
@@ -187,8 +187,9 @@ class NUQChannelCodec(_NUQCodec):
             return super().dropped(x, params)
         x = x.astype(jnp.float32)
         scale, zero = self._ranges(x, params)
-        count = (jnp.abs((x - zero) / scale) > 1.0).sum(-1, dtype=jnp.int32)
-        return jnp.maximum(count - slots, 0).sum((-1, -2), dtype=jnp.int32)
+        outside = (jnp.abs((x - zero) / scale) > 1.0).sum(-1, dtype=jnp.int32)
+        beyond = (jnp.abs(x) > self.largest).sum(-1, dtype=jnp.int32)  # the farthest of them, in slots of float16
+        return (jnp.maximum(outside - slots, 0) + jnp.minimum(beyond, slots)).sum(-2, dtype=jnp.int32)
 
     def _offline(self, params: Params, ndim: int) -> tuple[jax.Array, jax.Array]:
         if params is None:

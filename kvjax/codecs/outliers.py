@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from kvjax.codecs.base import FLOAT16_MAX
+
 # The smallest normal float16: a narrower range is stored as this, which rounds a constant token to itself.
 _MIN_SCALE = 2.0**-14
-FLOAT16_MAX = 65504.0
 
 
 def normalize_keys(x: jax.Array, scale: jax.Array, zero: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
@@ -21,7 +22,7 @@ def normalize_keys(x: jax.Array, scale: jax.Array, zero: jax.Array, slots: int) 
     scaled = (x - zero) / scale
     inlier = jnp.ones(x.shape, bool)
     if slots:
-        index, is_outlier = outside(x, scale, zero, slots)
+        index, is_outlier = farthest(x, scale, zero, slots)
         inlier = ~marked(jnp.where(is_outlier, index, x.shape[-1]), x.shape[-1])
     return jnp.clip(scaled, -1.0, 1.0), inlier
 
@@ -54,7 +55,7 @@ def token_range(x: jax.Array, slots: int) -> tuple[jax.Array | None, jax.Array, 
     return index, *stored_range(low, high)
 
 
-def outside(x, scale, zero, slots: int) -> tuple[jax.Array, jax.Array]:
+def farthest(x, scale, zero, slots: int) -> tuple[jax.Array, jax.Array]:
     """Channels `[..., K, T, s]` of the elements farthest outside the range, and whether they are outside at all."""
     distance, index = largest(jnp.abs((x - zero) / scale), slots)
     return index, distance > 1.0

@@ -28,10 +28,9 @@ import jax.numpy as jnp
 
 from kvjax.codecs.affine import AffineBlock, AffineCodec, Along
 from kvjax.codecs.align import AlignRule
-from kvjax.codecs.base import AbstractCodec, Leaf, Params
+from kvjax.codecs.base import FLOAT16_MAX, AbstractCodec, Leaf, Params
 from pallas_kernels import packing
 
-_FLOAT16_MAX = 65504.0
 EXPONENTS = 32  # biased exponents that float16 has
 
 
@@ -165,7 +164,7 @@ class PlanesCodec(AlignedCodec):
 
     def quantize(self, x: jax.Array, params: Params = None) -> PlanesBlock:
         bits = jax.lax.bitcast_convert_type(
-            jnp.clip(x.astype(jnp.float32), -_FLOAT16_MAX, _FLOAT16_MAX).astype(jnp.float16), jnp.uint16
+            jnp.clip(x.astype(jnp.float32), -FLOAT16_MAX, FLOAT16_MAX).astype(jnp.float16), jnp.uint16
         )
         return PlanesBlock(split(bits), ((bits >> 10) & 31).astype(jnp.uint8).max(-2 if self._top_per_channel else -1))
 
@@ -205,9 +204,6 @@ class PlanesCodec(AlignedCodec):
 
         # Subnormal numbers are below 2^-14, the others below twice the power of two of their exponent.
         return power(jnp.where(extent == 0, -14, e - 14)), power(e - 18), power(e - 22)
-
-    def dropped(self, x: jax.Array, params: Params = None) -> jax.Array:
-        return (jnp.abs(x.astype(jnp.float32)) > _FLOAT16_MAX).sum((-3, -2, -1), dtype=jnp.int32)
 
     def pack(self, block: PlanesBlock) -> PlanesBlock:
         return PlanesBlock(self._pack_planes(block.planes), block.top)
