@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import attention as _attention
-from kvjax import cache as _cache
+from kvjax import checks
 from kvjax import writing as _writing
 from kvjax.cache import KVCache
 
@@ -27,13 +27,18 @@ def append(cache: KVCache, layer: Any, k: jax.Array, v: jax.Array, counts: Any =
     Args:
       layer: index in the model, traced or not.
       k, v: `[B, S, K, H]`; k before RoPE.
-      counts: `[B]`, how many of the S tokens each row takes; the same as in `attend` and `advance`.
+      counts: `[B]`, how many of the S tokens each row takes, 0 to S; the same as in `attend` and `advance`.
+
+    Raises:
+      ValueError: for a layer that is not there, and for other shapes.
     """
     shape = cache.shape
     wanted = (cache.batch, k.shape[1], shape.kv_heads, shape.head_dim)
     for name, x in (("k", k), ("v", v)):
         if x.shape != wanted:
             raise ValueError(f"`{name}` of shape {x.shape} must be [B, S, K, H] = {wanted}, the cache's.")
+    checks.layer(cache, layer)
+    checks.counts(cache, counts, k.shape[1])
     pending = []
     for held, x in zip(cache.pending, (k, v), strict=True):
         x = x.astype(held.dtype).transpose(0, 2, 1, 3)
@@ -81,14 +86,17 @@ def _attend_layer(
     cache: KVCache, layer: Any, q: jax.Array, counts: Any, attention: _attention.Mode
 ) -> tuple[jax.Array, int, Any, jax.Array | None]:
     """The output, the segment's index, the layer's index in it, and what was read."""
+    checks.mode(attention)
+    checks.layer(cache, layer)
     shape = cache.shape
     wanted = (cache.batch, cache.pending[0].shape[3], shape.q_heads, shape.head_dim)
     if q.shape != wanted:
         raise ValueError(f"`q` of shape {q.shape} must be [B, S, K*G, H] = {wanted}, as appended.")
+    counts = checks.counts(cache, counts, q.shape[1])
     index = _segment_of(cache, layer)
     ids = cache.segments[index].layer_ids
     at = layer if isinstance(layer, jax.core.Tracer) else ids.index(int(layer))  # one segment: they are the same
-    out, reads = _attend(cache, index, jnp.asarray(at), jnp.asarray(layer), q, _counts(cache, counts), attention)
+    out, reads = _attend(cache, index, jnp.asarray(at), jnp.asarray(layer), q, counts, attention)
     return out, index, at, reads
 
 
@@ -99,17 +107,12 @@ def advance(cache: KVCache, counts: Any = None) -> KVCache:
       counts: `[B]`, as in `append`; None for all S tokens.
 
     Raises:
-      ValueError: where a row would overrun its capacity. Under a trace that row is left as it is and the tokens are
-        counted in `kvjax.decode.statistics`.
+      ValueError: for counts beyond S, and where a row would overrun its capacity. Under a trace that row is left as it
+        is and the tokens are counted in `kvjax.decode.statistics`.
     """
-    counts = _counts(cache, counts)
-    _cache.check_room(cache, counts)
+    counts = checks.counts(cache, counts, cache.pending[0].shape[3])
+    checks.room(cache, counts)
     return _advance(cache, counts)
-
-
-def _counts(cache: KVCache, counts: Any) -> jax.Array:
-    S = cache.pending[0].shape[3]
-    return jnp.full((cache.batch,), S, jnp.int32) if counts is None else jnp.asarray(counts, jnp.int32)
 
 
 def _segment_of(cache: KVCache, layer: Any) -> int:
@@ -121,10 +124,7 @@ def _segment_of(cache: KVCache, layer: Any) -> int:
             f"`layer` is traced, but the cache has {len(cache.segments)} segments of different codecs; "
             "pass a Python integer, or scan within a segment."
         )
-    for index, segment in enumerate(cache.segments):
-        if int(layer) in segment.layer_ids:
-            return index
-    raise ValueError(f"`layer={int(layer)}` must lie between 0 and {cache.shape.layers - 1}.")
+    return next(index for index, segment in enumerate(cache.segments) if int(layer) in segment.layer_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("index", "mode"))

@@ -16,12 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kvjax import reads, sharding
 from kvjax.codecs.base import AbstractCodec, Leaf
 from kvjax.model.rope import Rope
 from kvjax.targets import split
+
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +55,7 @@ class Segment:
       k_recent, v_recent: `[L, B, K, R, H]`, tokens not yet sealed, as they came; R is a multiple of T.
       k_sinks, v_sinks: `[L, B, K, s, H]`.
       k_params, v_params: the codecs' fitted constants, leaves `[L, ...]`, or None.
-      dropped: `[L, B]` int32, outliers of sealed blocks that found no slot.
+      dropped: `[L, B]` int32, elements of sealed blocks that saturated (`AbstractCodec.dropped`).
       reads: `[L, B, n]` float32, what attention read (`kvjax.reads.FIELDS`); None unless a codec is read in part.
       k_codec, v_codec: static.
       layer_ids: the layers of the model, ascending; static.
@@ -167,8 +168,15 @@ def init(
     """
     if batch < 1:
         raise ValueError(f"`batch={batch}` must be at least 1.")
-    if capacity < 1:
-        raise ValueError(f"`capacity={capacity}` must be at least 1 token.")
+    if not 1 <= capacity < 1 << 30 or capacity != int(capacity):
+        raise ValueError(f"`capacity={capacity}` must be a number of tokens from 1 to {(1 << 30) - 1}.")
+    if dtype not in (*_DTYPES, *map(jnp.dtype, _DTYPES)):
+        raise ValueError(f"`dtype={dtype}` must be one of {', '.join(_DTYPES)}.")
+    if shape.q_heads % shape.kv_heads:
+        raise ValueError(f"`q_heads={shape.q_heads}` must be a multiple of `kv_heads={shape.kv_heads}`.")
+    turned = 2 * jax.tree.leaves(shape.rope)[0].shape[-1]
+    if turned != shape.head_dim:
+        raise ValueError(f"`rope` turns {turned} channels of a head, and `head_dim={shape.head_dim}`.")
     if block < 32 or block % 32:
         raise ValueError(f"`block={block}` must be a positive multiple of 32 tokens; the default is 128.")
     split(target)
@@ -283,6 +291,10 @@ def _held_back(policy: Any, block: int) -> int:
                 held = max(held, window)
                 continue
             run, shared = window or block, codec.shared_tokens(block)
+            if block % shared:
+                raise ValueError(
+                    f"`group={shared}` of {codec.describe()} must divide `block={block}`, as 32, 64 and 128 do."
+                )
             if run % shared or (run % block and block % run):
                 raise ValueError(
                     f"`{name}_window={window}` of {codec.describe()} must be a multiple of the {shared} tokens that "
@@ -291,18 +303,3 @@ def _held_back(policy: Any, block: int) -> int:
             # Runs end with blocks or inside them; a run of several blocks waits until all of it may be seen as stored.
             held = max(held, run - block)
     return held
-
-
-def check_room(cache: KVCache, counts: Any) -> None:
-    """Raises before anything is touched where a row would overrun; a traced length can't be checked."""
-    if isinstance(cache.length, jax.core.Tracer) or isinstance(counts, jax.core.Tracer):
-        return
-    held = sharding.on_host(cache.length)
-    need = held + np.asarray(counts)
-    row = int(need.argmax())
-    if need[row] > cache.capacity:
-        raise ValueError(
-            f"`capacity={cache.capacity}` tokens: row {row} holds {int(held[row])} and would need "
-            f"{int(need[row])}; "
-            "make the cache with a larger `capacity`, or crop it."
-        )

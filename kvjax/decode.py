@@ -18,7 +18,7 @@ import numpy as np
 
 from kvjax import attention as _attention
 from kvjax import cache as _cache
-from kvjax import sharding
+from kvjax import checks, sharding
 from kvjax.attention import explain
 from kvjax.byo import advance, append, attend, attend_and_count
 from kvjax.cache import CacheShape, KVCache
@@ -63,6 +63,8 @@ def init_cache(
       NotImplementedError: for methods that read in part (AlignedKV) where `seq` is not 1.
       ValueError: for sizes that make no cache, and for a policy fitted to another shape.
     """
+    if isinstance(policy, str):
+        raise ValueError(f"`policy={policy!r}` is a name; pass kvjax.policy({policy!r}, model).")
     shape = model if isinstance(model, CacheShape) else shape_of(model)
     dtype = dtype or (jnp.float32 if model is shape else model.dtype)
     policy.check(shape)
@@ -109,11 +111,9 @@ def prefill(
       ValueError: for an empty or out-of-range prompt, and where it does not fit the cache, which stays usable; also
         where the method stores float16 planes (AlignedKV) and a key or value leaves float16's range.
     """
-    tokens = np.asarray(tokens)
-    tokens, counts = _checked_tokens(cache, tokens, lengths, model.config.vocab)
-    if attention not in ("exact", "cached"):
-        raise ValueError(f'`attention={attention!r}` must be "exact" or "cached".')
-    _cache.check_room(cache, counts)
+    tokens, counts = checks.prompt(cache, tokens, lengths, model.config.vocab)
+    checks.mode(attention)
+    checks.room(cache, counts)
     padded = np.zeros((tokens.shape[0], _bucket(tokens.shape[1])), np.int32)
     padded[:, : tokens.shape[1]] = tokens
     run = cached.prefill_exact if attention == "exact" else cached.prefill_cached
@@ -131,20 +131,21 @@ def step(model: Any, cache: KVCache, token: Any, active: Any = None) -> tuple[ja
       active: `[B]` booleans; rows that are False do not take the token. None for all rows.
 
     Raises:
-      ValueError: where a row is full; the cache stays usable. Under a trace the row is left as it is and counted
-        in `statistics(cache)["overrun"]`. Also where a key or value that an earlier call stored left the range of
-        float16 planes (this call's own is found by the next: a step does not wait for its result).
+      ValueError: for what is not one id per row, and where a row is full; the cache stays usable. Under a trace the row
+        is left as it is and counted in `statistics(cache)["overrun"]`. Also where a key or value that an earlier call
+        stored left the range of float16 planes (this call's own is found by the next: a step does not wait for its
+        result).
     """
+    counts, token = checks.active(cache, active), checks.token(cache, token, model.config.vocab)
+    checks.room(cache, counts)
     _check_range(cache)
-    counts = jnp.ones((cache.batch,), jnp.int32) if active is None else jnp.asarray(active).astype(jnp.int32)
-    _cache.check_room(cache, counts)
-    return cached.step(model, cache, jnp.asarray(token, jnp.int32), counts)
+    return cached.step(model, cache, token, counts)
 
 
 def score(model: Any, cache: KVCache, tokens: Any) -> tuple[jax.Array, KVCache]:
     """Teacher-forced decoding: `tokens[B, S]` one by one through the real decode step; logits `[B, S, V]`."""
-    tokens, counts = _checked_tokens(cache, np.asarray(tokens), None, model.config.vocab)
-    _cache.check_room(cache, counts)
+    tokens, counts = checks.prompt(cache, tokens, None, model.config.vocab)
+    checks.room(cache, counts)
     _check_range(cache)
     logits, cache = cached.score(model, cache, tokens)
     _check_range(cache)
@@ -190,8 +191,8 @@ def generate(
         raise ValueError(f"`max_new_tokens={max_new_tokens}` must be at least 1.")
     sampler = Sampler(temperature, top_k, top_p)
     eos_ids = jnp.asarray(model.config.eos_ids if eos is None else eos, jnp.int32)
-    tokens, counts = _checked_tokens(cache, np.asarray(tokens), lengths, model.config.vocab)
-    _cache.check_room(cache, counts + (max_new_tokens - 1))
+    tokens, counts = checks.prompt(cache, tokens, lengths, model.config.vocab)
+    checks.room(cache, counts + (max_new_tokens - 1))
     logits, cache = prefill(model, cache, tokens, counts, attention)
     if on_prefill:
         on_prefill(cache)
@@ -247,7 +248,12 @@ def nbytes(cache: KVCache) -> int:
 
 
 def statistics(cache: KVCache) -> dict[str, int]:
-    """What did not fit: `dropped_outliers` (no slot left in a sealed block) and `overrun` (tokens refused)."""
+    """What did not fit, over the cache's life.
+
+    Returns:
+      `dropped_outliers`: elements of sealed blocks that saturated, because no slot was left or because they leave the
+      range of the method's float16; `overrun`: tokens refused under a trace for want of capacity.
+    """
     dropped = sum(int(sharding.on_host(s.dropped).sum()) for s in cache.segments)
     return {"dropped_outliers": dropped, "overrun": int(sharding.on_host(cache.overrun).sum())}
 
@@ -262,7 +268,7 @@ def _check_range(cache: KVCache) -> None:
             row = int(dropped.argmax())
             raise ValueError(
                 f"`policy` {cache.policy!r} stores float16, but {dropped[row]} keys and values of row {row} leave its "
-                "range of +-65504 with this model; use a method with its own scales, such as kivi4, or bf16."
+                "range of +-65504 with this model; use bf16, which has float32's."
             )
 
 
@@ -284,27 +290,6 @@ def _bucket(tokens: int) -> int:
     """The padded length: few shapes to compile, at most an eighth wasted beyond 256 tokens."""
     unit = max(_attention.QUERY_CHUNK, 1 << max(tokens.bit_length() - 3, 0))
     return 1 << max(tokens - 1, 31).bit_length() if tokens <= unit else -(-tokens // unit) * unit
-
-
-def _checked_tokens(cache: KVCache, tokens: np.ndarray, lengths: Any, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    if tokens.ndim != 2 or tokens.shape[0] != cache.batch:
-        raise ValueError(f"`tokens` of shape {tokens.shape} must be [B, S] with the cache's B={cache.batch} rows.")
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"`tokens` of type {tokens.dtype} must be integers.")
-    counts = np.full(cache.batch, tokens.shape[1]) if lengths is None else np.asarray(lengths)
-    if counts.shape != (cache.batch,):
-        raise ValueError(f"`lengths` of shape {counts.shape} must be [{cache.batch}], one per row.")
-    if tokens.shape[1] < 1 or counts.min() < 1 or counts.max() > tokens.shape[1]:
-        raise ValueError(
-            f"`lengths={counts.tolist()}` must lie between 1 and S={tokens.shape[1]}; "
-            "an empty prompt has no last token to continue."
-        )
-    used = np.where(np.arange(tokens.shape[1])[None, :] < counts[:, None], tokens, 0)
-    if used.min() < 0 or used.max() >= vocab:
-        raise ValueError(
-            f"`tokens` hold the id {used.max() if used.min() >= 0 else used.min()}; valid are 0 to {vocab - 1}."
-        )
-    return used.astype(np.int32), counts.astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "mesh"))

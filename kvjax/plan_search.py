@@ -16,7 +16,7 @@ from kvjax.plan import Plan, meshes, plan
 # both worse and larger than another at the width of Llama-3-8B.
 BY_QUALITY = ("bf16", "int8", "kivi4", "kvquant4", "kvquant3", "kivi2", "kvquant2", "kvquant2-dense")
 MOST_DEVICES = 8192
-_LONGEST = 1 << 34  # tokens: far beyond any memory that there is
+_LONGEST = (1 << 30) - 1  # tokens: the most that a cache takes
 
 
 @dataclasses.dataclass(frozen=True)

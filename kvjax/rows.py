@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import sharding, striped
+from kvjax import checks, sharding, striped
 from kvjax.cache import KVCache
 from kvjax.sharding import constrain
 
@@ -26,9 +26,8 @@ def crop(cache: KVCache, lengths: Any) -> KVCache:
       ValueError: for lengths beyond the rows', and where a codec with statistics over a group of tokens would have to
         cut a sealed block, whose exact values are gone.
     """
-    lengths = jnp.asarray(lengths, jnp.int32)
-    if lengths.shape != cache.length.shape:
-        raise ValueError(f"`lengths` of shape {lengths.shape} must be [{cache.batch}], one per row.")
+    checks.alive(cache)
+    lengths = jnp.asarray(checks.integers(cache, lengths, "lengths"), jnp.int32)
     traced = isinstance(lengths, jax.core.Tracer) or isinstance(cache.length, jax.core.Tracer)
     grouped = [c for s in cache.segments for c in (s.k_codec, s.v_codec) if not c.token_local]
     if traced and grouped:
@@ -43,9 +42,12 @@ def crop(cache: KVCache, lengths: Any) -> KVCache:
         cut = np.asarray((cache.sealed(now) < cache.sealed(jnp.asarray(old))) & (now > cache.recent_start(now)))
         if grouped and cut.any():
             row = int(cut.argmax())
+            kept = cache.sinks + cache.window + int(cache.sealed(jnp.asarray(old))[row]) * cache.block
+            # With an exact window the newest tokens of any shorter row would be in a block.
+            shorter = cache.sinks if cache.window else int(cache.recent_start(now)[row])
             raise ValueError(
                 f"`lengths={new.tolist()}`: row {row} would cut a sealed block of {grouped[0].describe()}, "
-                f"whose exact values are gone; crop to {int(cache.recent_start(now)[row])} and append the rest."
+                f"whose exact values are gone; crop to {kept} or more, or to {shorter} and append the rest."
             )
     return _crop(cache, lengths)
 
@@ -84,6 +86,7 @@ def fork(cache: KVCache, rows: Any) -> KVCache:
     Args:
       rows: `[B']` integers below B; B' may differ from B.
     """
+    checks.alive(cache)
     rows = np.asarray(rows)
     if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= cache.batch:
         raise ValueError(f"`rows={rows.tolist()}` must be a list of rows 0 to {cache.batch - 1}.")

@@ -231,11 +231,35 @@ def test_crop_then_append_stores_what_never_having_had_them_does(name, kept):
         np.testing.assert_array_equal(x, y)
 
 
-def test_crop_of_a_grouped_block_says_where_it_can_be_cut():
+def test_what_saturates_is_counted_when_it_is_stored_and_not_with_its_block_again():
+    k, v, _ = recorded(130)
+    v[0, 0, 5, 0, 0] = 1e6  # beyond float16
+    preset = Preset(IdentityCodec("float16"), IdentityCodec("float16"))
+    cache = decode.init_cache(SHAPE, make_policy(preset, L, K, H), batch=B, capacity=CAPACITY, block=T)
+    for kept, count in ((0, 1), (20, 1), (4, 2)):  # the last stores it once more
+        cache = decode.crop(cache, np.full(B, kept))
+        cache, _ = feed(cache, k[:, :, kept:], v[:, :, kept:], [130], np.full(B, 130 - kept))
+        assert decode.statistics(cache)["dropped_outliers"] == count
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "shorter"),
+    [("grouped-no-window", 128, 32), ("grouped", 130, 2), ("kivi", 113, 0), ("kivi-long", 130, 1)],
+)
+def test_crop_of_a_grouped_block_says_where_it_can_be_cut(name, kept, shorter):
+    k, v, _ = recorded(130)
+    cache, _ = feed(make(name), k, v, [130], np.array([130, 100, 97]))
+    with pytest.raises(ValueError, match=f"crop to {kept} or more, or to {shorter} and append the rest"):
+        decode.crop(cache, [40, 100, 97])
+    for length in (kept, shorter):
+        assert decode.crop(cache, [length, 100, 97]).length.tolist() == [length, 100, 97]
+    with pytest.raises(ValueError, match="would cut"):
+        decode.crop(cache, [kept - 1, 100, 97])
+
+
+def test_crop_to_any_length_that_cuts_no_block():
     k, v, _ = recorded(130)
     cache, _ = feed(make("grouped-no-window"), k, v, [130], np.array([130, 100, 97]))
-    with pytest.raises(ValueError, match="crop to 32"):
-        decode.crop(cache, [40, 100, 97])
     assert decode.crop(cache, [64, 98, 97]).length.tolist() == [64, 98, 97]
     with pytest.raises(ValueError, match="between 0 and"):
         decode.crop(cache, [131, 1, 1])
@@ -287,13 +311,40 @@ def test_bytes_are_counted_from_the_arrays():
     [
         ({"batch": 0}, "`batch=0`"),
         ({"capacity": 0}, "`capacity=0`"),
+        ({"capacity": 10.5}, "`capacity=10.5` must be a number of tokens"),
+        ({"capacity": 3_000_000_000}, "from 1 to 1073741823"),
+        ({"dtype": "int32"}, "`dtype=int32` must be one of bfloat16, float16, float32"),
+        ({"policy": "int4"}, r"`policy='int4'` is a name; pass kvjax.policy\('int4', model\)"),
+        ({"model": dataclasses.replace(SHAPE, q_heads=3)}, "`q_heads=3` must be a multiple of `kv_heads=2`"),
+        ({"model": dataclasses.replace(SHAPE, rope=make_rope(64, 2048))}, "`rope` turns 64 channels of a head, and"),
         ({"block": 48}, "`block=48` must be a positive multiple of 32"),
     ],
 )
 def test_sizes_that_make_no_cache(arguments, message):
-    sizes = {"batch": 1, "capacity": 64, "block": 32} | arguments
+    made_of = {"model": SHAPE, "policy": make_policy(KVQUANT, L, K, H), "batch": 1, "capacity": 64, "block": 32}
     with pytest.raises(ValueError, match=message):
-        decode.init_cache(SHAPE, make_policy(KVQUANT, L, K, H), **sizes)
+        decode.init_cache(**made_of | arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c, x: decode.append(c, L, x, x), f"`layer={L}` must lie between 0 and {L - 1}"),
+        (lambda c, x: decode.append(c, -1, x, x), "`layer=-1` must"),
+        (lambda c, x: decode.append(c, 0, x, x, [2, 0, 0]), r"`counts=\[2, 0, 0\]` must lie between 0 and 1"),
+        (lambda c, x: decode.attend(c, L, np.repeat(x, G, 2)), f"`layer={L}` must"),
+        (lambda c, x: decode.attend(c, 0, np.repeat(x, G, 2), attention="foo"), "`attention='foo'` must be"),
+        (lambda c, x: decode.advance(c, [1, -3, 1]), r"`counts=\[1, -3, 1\]` must"),
+        (
+            lambda c, x: decode.advance(c, [1]),
+            r"`counts` of shape \(1,\) and type int64 must be 3 integers, one per row",
+        ),
+        (lambda c, x: decode.crop(c, [0.0, 0.0, 0.0]), "`lengths` of shape .* and type float64 must be 3 integers"),
+    ],
+)
+def test_what_is_no_call_on_the_cache_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(make("bf16"), np.zeros((B, 1, K, H), np.float32))
 
 
 def test_a_policy_for_another_shape_is_refused():

@@ -200,7 +200,7 @@ def test_alternating_layers_in_one_scan_equal_segments_one_by_one(model, tokens,
 def test_bad_prompts_and_full_caches_are_errors_that_lose_nothing(model, tokens):
     cache = new_cache(model, "kvquant", capacity=60)
     for lengths in ([0, 5, 5], [5, 41, 5]):
-        with pytest.raises(ValueError, match="must lie between 1 and S=40"):
+        with pytest.raises(ValueError, match="must lie between 1 and 40"):
             decode.prefill(model, cache, tokens[:, :40], lengths)
     with pytest.raises(ValueError, match="empty prompt"):
         decode.prefill(model, cache, tokens[:, :0])
@@ -210,7 +210,20 @@ def test_bad_prompts_and_full_caches_are_errors_that_lose_nothing(model, tokens)
         decode.prefill(model, cache, tokens[:2])
     with pytest.raises(ValueError, match='"exact" or "cached"'):
         decode.prefill(model, cache, tokens[:, :4], attention="flash")
+    empty = cache
     _, cache = decode.prefill(model, cache, tokens[:, :60])
+    for use in (lambda: decode.score(model, empty, tokens[:, :1]), lambda: decode.crop(empty, [0, 0, 0])):
+        with pytest.raises(ValueError, match=r"`cache` was consumed .* use the one that the last call returned"):
+            use()
+    for token, active, message in (
+        (tokens[:, :1], None, r"`token` of shape \(3, 1\) and type int64 must be 3 integers, one per row"),
+        (np.zeros(B), None, "`token` of shape .* and type float64 must be 3 integers"),
+        ([0, 97, 0], None, "`token` hold the id 97; valid are 0 to 96"),
+        (tokens[:, 0], [1, 0, 1], "`active` of shape .* and type int64 must be 3 booleans"),
+        (tokens[:, 0], [True], r"`active` of shape \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode.step(model, cache, token, active)
     with pytest.raises(ValueError, match=r"`capacity=65`.*holds 60 and would need 66"):
         decode.prefill(model, cache, tokens[:, :6])
     logits, cache = decode.score(model, cache, tokens[:, :5])

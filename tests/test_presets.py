@@ -146,6 +146,11 @@ def test_names_that_make_no_preset():
             preset(name)
     with pytest.raises(ValueError, match="sets layer 5, but the model has 5 layers, 0 to 4"):
         preset("asymkv-16-0").codecs(5)
-    with pytest.raises(ValueError, match="must be a multiple of the 32 tokens that share a group"):
-        tiny = kvjax.load("tiny")
-        kvjax.decode.init_cache(tiny, kvjax.policy("kivi2-w48", tiny), batch=1, capacity=100)
+    tiny = kvjax.load("tiny")
+    for name, message in {
+        "kivi2-w48": "must be a multiple of the 32 tokens that share a group",
+        "kivi2-g48": "`group=48` of int2 per channel, groups of 48 must divide `block=128`, as 32, 64 and 128 do",
+        "kivi2-g0": "`group=0` must be at least 1 element",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            kvjax.decode.init_cache(tiny, kvjax.policy(name, tiny), batch=1, capacity=100)

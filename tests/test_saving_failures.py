@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import socket
@@ -233,5 +234,8 @@ def test_another_model_or_policy_is_refused_by_the_first_difference(tmp_path):
     gone(cache)
     with pytest.raises(ValueError, match="was consumed"):
         saving.save_cache(cache, tmp_path)
-    with pytest.raises(ValueError, match=r"`tokens` of shape \(3, 4\)"):
-        saving.save_cache(random_cache("int4"), tmp_path, tokens=np.zeros((3, 4), int))
+    for shape in ((3, 4), (2, 210)):
+        with pytest.raises(
+            ValueError, match=re.escape(f"`tokens` of shape {shape} and type int64 must be integers (2, 211)")
+        ):
+            saving.save_cache(random_cache("int4"), tmp_path, tokens=np.zeros(shape, int))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kvjax import decode, sharding
+from kvjax import checks, decode, sharding
 from kvjax.cache import CacheShape, KVCache
 from kvjax.policy import Policy
 from kvjax.saving import facts as _facts
@@ -25,7 +25,7 @@ def save_cache(cache: KVCache, directory: Any, *, tokens: Any = None, model: Any
     Args:
       cache: on any mesh; in several processes each calls this.
       directory: made if missing; one that all processes share, or gs:// and the like.
-      tokens: `[B, S]` integers, the text in the cache, right-padded to the longest row; kept for `load_cache`.
+      tokens: `[B, S]` integers, the text in the cache, right-padded to its longest row; kept for `load_cache`.
       model: whose fingerprint is kept, so that another model's cache is refused when it is loaded.
       wait: return when the files are written. Else call `wait()` of the result before the program ends: what is not
         written by then is lost, and the former save stays.
@@ -36,8 +36,7 @@ def save_cache(cache: KVCache, directory: Any, *, tokens: Any = None, model: Any
     """
     if isinstance(cache.length, jax.core.Tracer):
         raise ValueError("`cache` is traced; save it outside jit.")
-    if any(x.is_deleted() for x in jax.tree.leaves(cache)):
-        raise ValueError("`cache` was consumed (its buffers are donated); save the one that the last call returned.")
+    checks.alive(cache)
     leaves = _leaves(cache)
     if tokens is not None:
         leaves["tokens"] = _checked(tokens, cache)
@@ -130,10 +129,11 @@ def _is_sealed(name: str) -> bool:
 
 def _checked(tokens: Any, cache: KVCache) -> np.ndarray:
     tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or tokens.shape[0] != cache.batch or not np.issubdtype(tokens.dtype, np.integer):
+    wanted = (cache.batch, int(sharding.on_host(cache.length).max()))
+    if tokens.shape != wanted or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
-            f"`tokens` of shape {tokens.shape} and type {tokens.dtype} must be integers [B, S] with the cache's "
-            f"B={cache.batch} rows."
+            f"`tokens` of shape {tokens.shape} and type {tokens.dtype} must be integers {wanted}, [B, S]: the tokens "
+            "that the cache holds (the last one sampled is not in it until it is fed); leave them out to save none."
         )
     return tokens.astype(np.int32)
 
