@@ -51,7 +51,7 @@ def environment() -> str:
 def compilers() -> str:
     """Versions of the compilers of TPUs and GPUs, as far as they are installed."""
     found = {}
-    for name in ("libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc"):
+    for name in ("libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvjitlink"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return "".join(f", {name} {version}" for name, version in found.items())
