@@ -22,7 +22,6 @@ from pallas_kernels.decode_attention.gpu_skeleton import At, Plan, flat
 from pallas_kernels.decode_attention.gpu_tiles import ROWS, WGMMA
 
 f16, u16, u32 = jnp.float16, jnp.uint16, jnp.uint32
-TILED = plgpu.RefType
 
 
 def contract(x: jax.Array) -> jax.Array:
