@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 
-from _cli import one_line_errors
+from _cli import Parser, one_line_errors
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +18,7 @@ from kvjax.policy import preset as named_preset
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help='"tiny", a directory in Hugging Face layout, or a hub id')
     parser.add_argument("--quant", required=True, help="preset, e.g. kvquant3")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text; without it the model writes its own")

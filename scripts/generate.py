@@ -21,7 +21,7 @@ from typing import IO, Any
 import _mesh
 import jax
 import numpy as np
-from _cli import one_line_errors, versions
+from _cli import Parser, one_line_errors, versions
 from _saved import Saved, saved_rows
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +35,7 @@ PROMPT = "The captain looked out over the sea, and for a long time he did not sp
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help='"tiny", a directory in Hugging Face layout, or a hub id')
     parser.add_argument("--quant", help="preset (kvquant3; with --load-cache, what is saved)")
     parser.add_argument("--calibration", metavar="FILE", help="made by scripts/calibrate.py (found or made without)")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from _cli import one_line_errors
+from _cli import Parser, one_line_errors
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = dataclasses.asdict(LLAMA2_7B)
     parser.add_argument("--model", required=True, help='"tiny", a directory in Hugging Face layout, or a hub id')
     parser.add_argument("--out", required=True, metavar="DIRECTORY", help="made if missing; must not hold a model")

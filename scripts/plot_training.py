@@ -3,20 +3,19 @@
 python scripts/plot_training.py --run runs/tiny --out loss.png [--torch torch.jsonl]
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from _cli import one_line_errors
+from _cli import Parser, one_line_errors
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of a run of scripts/train_tiny.py")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     parser.add_argument("--torch", type=Path, help="losses of tests/train/replay_torch.py on the same batches")
     parser.add_argument("--smooth", type=int, default=8, help="steps averaged per point of a task's curve")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     try:
         import matplotlib

@@ -9,13 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-from _cli import one_line_errors
+from _cli import Parser, one_line_errors
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "train_tiny.toml"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=TINY, help="recipe in TOML; by default configs/train_tiny.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change an entry of the recipe")
     parser.add_argument("--corpus", type=Path, nargs="+", required=True, help="texts: .txt, .txt.xz or .txt.gz")
