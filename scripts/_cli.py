@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -32,6 +34,21 @@ def one_line_errors():
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def check_targets(args: argparse.Namespace, *options: str) -> None:
+    """Raises OSError, with the option's name, for a file that cannot be written: now, and not after an hour of work."""
+    for option in options:
+        path = getattr(args, option)
+        if path is None:
+            continue
+        folder = Path(path).resolve().parent
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"`{option}={path}` is a directory; name a file in it.")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"`{option}={path}`: its directory does not exist; create it first.")
+        if not os.access(path if Path(path).exists() else folder, os.W_OK):
+            raise PermissionError(f"`{option}={path}` cannot be written; name another file.")
 
 
 def versions() -> dict[str, str]:

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _cli import Parser, environment, one_line_errors, show
-from evaluate import check_target, describe_windows, read_windows
+from _cli import Parser, check_targets, environment, one_line_errors, show
+from evaluate import describe_windows, read_windows
 from rich.table import Table
 
 import kvjax
@@ -32,10 +32,9 @@ _WINDOWS = 8  # unless told
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     with one_line_errors():
-        for path in (args.json, args.plot, getattr(args, "out", None)):
-            check_target(path)
+        check_targets(args, "json", "plot", *(["out"] if "out" in args else []))
         if args.plot:
-            plotting()
+            plotting(args.plot)
         tables, notes = args.run(args)
     show([*tables, *notes, environment()])
     return 0

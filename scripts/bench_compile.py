@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from _cli import Parser, count, environment, one_line_errors, presets, show
+from _cli import Parser, check_targets, count, environment, one_line_errors, presets, show
 from rich.table import Table
 
 from kvjax import decode
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     with one_line_errors():
+        check_targets(args, "json")
         rows = [measure(name, args) for name in presets(args.quant)]
         if args.json:
             Path(args.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from _cli import Parser, count, environment, integers, one_line_errors, show, versions
+from _cli import Parser, check_targets, count, environment, integers, one_line_errors, show, versions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     large.add_argument("--headline-layers", type=int, metavar="L", help="fewer layers than the model's")
     args = parser.parse_args(argv)
     with one_line_errors():
+        check_targets(args, "json", "plot")
         for name in ("batch", "rounds", "heads", "group", "channels", "block", "layers", "headline_tokens"):
             _positive(name, getattr(args, name))
         for context in args.contexts or []:
@@ -112,7 +113,7 @@ def run_model(args: argparse.Namespace) -> int:
 def run_attention(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.plot:
-        plotting()  # says now that it is missing, not after minutes
+        plotting(args.plot)  # says now that it is missing, not after minutes
     facts = {"settings": vars(settings), "platform": jax.default_backend(), "chip": settings.chip}
     rows: list[attention.Row] = []
     if args.check:

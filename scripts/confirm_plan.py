@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device is looked for: the chips are described, not there
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the GPU's compiler complains of what does not fit; we say it
 
-from _cli import Parser, compilers, count, environment, one_line_errors, show, tokens
+from _cli import Parser, check_targets, compilers, count, environment, one_line_errors, show, tokens
 from rich.table import Table
 
 from kvjax.evaluate import confirm
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the table for a page")
     args = parser.parse_args(argv)
     with one_line_errors():
+        check_targets(args, "json")
         if args.prompt is not None and args.prompt < 1:
             raise ValueError(
                 f"`prompt={args.prompt}` must be at least 1 token; leave it out for the decode step alone."

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import _compare
-from _cli import Parser, environment, integers, one_line_errors, presets, show
+from _cli import Parser, check_targets, environment, integers, one_line_errors, presets, show
 from rich.table import Table
 
 import kvjax
@@ -30,8 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     with one_line_errors():
         if args.run is _compare.run:
             return _compare.run(args, shlex.join(["python", "scripts/evaluate.py", *(argv or sys.argv[1:])]))
-        for path in (args.json, getattr(args, "plot", None)):
-            check_target(path)
+        check_targets(args, "json", *(["plot"] if "plot" in args else []))
         results, table, notes = args.run(args)
         if args.json:
             Path(args.json).write_text(json.dumps([r.to_json() for r in results], indent=2) + "\n", encoding="utf-8")
@@ -123,7 +122,7 @@ def run_perplexity(args: argparse.Namespace) -> tuple[list, Table, list[str]]:
 def run_passkey(args: argparse.Namespace) -> tuple[list, Table, list[str]]:
     names = presets(args.quant)
     if args.plot:
-        report.plotting()
+        report.plotting(args.plot)
     model = kvjax.load(args.model, args.dtype)
     text = tokenize(model, args.text, "newline") if args.text else None
     lengths = [length for part in args.lengths for length in part]
@@ -172,16 +171,6 @@ def read_windows(args: argparse.Namespace, model: Any) -> tuple[Any, Any]:
 
 def describe_windows(text: Any, tokens: Any) -> str:
     return f"{text.name} (lines joined by {text.join}): {tokens.shape[0]} windows of {tokens.shape[1]} tokens"
-
-
-def check_target(path: str | None) -> None:
-    """A result that cannot be written is told before an hour of work."""
-    if path is None:
-        return
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"`{path}` is a directory; name a file in it.")
-    if not Path(path).resolve().parent.is_dir():
-        raise FileNotFoundError(f"cannot write `{path}`: its directory does not exist; create it first.")
 
 
 if __name__ == "__main__":

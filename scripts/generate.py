@@ -21,7 +21,7 @@ from typing import IO, Any
 import _mesh
 import jax
 import numpy as np
-from _cli import Parser, one_line_errors, versions
+from _cli import Parser, check_targets, one_line_errors, versions
 from _saved import Saved, saved_rows
 from rich.console import Console
 from rich.table import Table
@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, console: Console, joined: Run) -> dict[str, Any]:
+    if joined.main:
+        check_targets(args, "json")
     saved = Saved(args)
     prompt = PROMPT if args.prompt is None else args.prompt
     if args.prompt_file:

@@ -19,7 +19,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device is looked for: the chips are described, not there
 
 import jax
-from _cli import Parser, compilers, count, environment, one_line_errors, show
+from _cli import Parser, check_targets, compilers, count, environment, one_line_errors, show
 from rich.table import Table
 
 from kvjax.evaluate.compare_report import to_markdown
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print(support.markdown())
         return 0
     with one_line_errors():
+        check_targets(args, "json")
         chips = chosen(args.chips, "chips", deviceless.CHIPS)
         storages = chosen(args.storages, "storages", tuple(budget.CASES))
         reasons = {chip: reason for chip in chips if (reason := deviceless.missing(chip))}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from _cli import Parser, environment, one_line_errors, tokens, versions
+from _cli import Parser, check_targets, environment, one_line_errors, tokens, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     args = parser.parse_args(argv)
     with one_line_errors():
+        check_targets(args, "json")
         report = run(args, Console(stderr=True, highlight=False))
         if args.json:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

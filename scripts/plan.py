@@ -17,7 +17,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed, and no device is needed
 
-from _cli import Parser, count, environment, one_line_errors, presets, show, tokens, versions
+from _cli import Parser, check_targets, count, environment, one_line_errors, presets, show, tokens, versions
 
 from kvjax import sharding
 from kvjax.chips import CHIPS, Chip, parse_devices
@@ -59,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_targets(args, "json", "plot")
     if args.plot:
-        plan_report.plotting()  # a missing matplotlib is told at once
+        plan_report.plotting(args.plot)  # a missing matplotlib is told at once
     own = {"memory": args.device_memory}
     own |= {name: getattr(args, name) for name in ("bandwidth", "interconnect", "flops")}
     chip, devices = parse_devices(args.devices, own)

@@ -99,15 +99,22 @@ def plot_recall(results: Sequence[passkey.Result], path: Any) -> None:
     pyplot.close(figure)
 
 
-def plotting() -> Any:
-    """matplotlib's pyplot, drawing to files only; one line of error where it is not installed."""
+def plotting(path: Any = None) -> Any:
+    """matplotlib's pyplot, drawing to files only.
+
+    Raises:
+      ValueError: one line, where it is not installed, and for a `path` that ends in no format it writes.
+    """
     try:
         import matplotlib
     except ImportError:
         raise ValueError("`plot` needs matplotlib; pip install 'kvjax[plots]', or leave it out.") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.backend_bases import FigureCanvasBase
 
+    if path is not None and Path(path).suffix.lower()[1:] not in FigureCanvasBase.filetypes:
+        raise ValueError(f"`plot={path}` must end in a format of pictures: .png, .svg or .pdf.")
     return pyplot
 
 

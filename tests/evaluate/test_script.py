@@ -41,7 +41,7 @@ def test_perplexity(script, text, tmp_path, capsys):
         (["--batch", "-1"], "batch=-1"),
         (["--prefill", "9"], "prefill=9"),
         (["--protocol", "half"], "invalid choice"),
-        (["--json", "/none/rows.json"], "does not exist"),
+        (["--json", "/none/rows.json"], "`json=/none/rows.json`: its directory does not exist"),
     ],
 )
 def test_bad_input_ends_in_one_line(script, text, capsys, change, message):

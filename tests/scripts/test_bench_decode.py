@@ -209,6 +209,8 @@ def test_plot(tmp_path):
     [
         (["--attention", "--quant", "kivi33"], "`quant=kivi33` is not a storage; there are bf16, f16"),
         (["--quant", "kvquant33"], "`quant=kvquant33` is not a preset"),
+        (["--json", "/nowhere/a.json"], "`json=/nowhere/a.json`: its directory does not exist"),
+        (["--attention", "--plot", "/"], "`plot=/` is a directory"),
         (["--attention", "--contexts", "0"], "`contexts=0` must be at least 1"),
         (["--attention", "--contexts", "many"], "--contexts"),
         (["--attention", "--implementation", "cuda"], "invalid choice: 'cuda'"),

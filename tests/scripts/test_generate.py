@@ -74,6 +74,7 @@ def refused(main, arguments, message, capsys):
     ("arguments", "message"),
     [
         (["--model", "/nowhere"], "/nowhere"),
+        (["--json", "/nowhere/report.json"], "`json=/nowhere/report.json`: its directory does not exist"),
         (["--quant", "kvquant33"], "`quant=kvquant33` is not a preset; the nearest are kvquant3"),
         (["--context", "8"], "--context is 8; pass --context"),
         (["--prompt", ""], "`prompt` is empty"),

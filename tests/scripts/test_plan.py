@@ -38,6 +38,9 @@ def test_a_plot(script, tmp_path, monkeypatch, capsys):
             script.main(arguments)
     assert "`plot` needs matplotlib" in capsys.readouterr().err and not plot.exists()
     pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit):
+        script.main([*arguments[:-1], "plan.xyz"])
+    assert "`plot=plan.xyz` must end in a format of pictures" in capsys.readouterr().err
     assert script.main(arguments) == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -66,6 +69,7 @@ def test_it_chooses_preset_and_number_of_devices(script, tmp_path, capsys):
         (["--quant", "auto", "--tokens", "1G", "--devices", "v5e:1"], "the smallest misses by"),
         (["--batch", "0"], "must all be at least 1"),
         (["--tokens", "-5"], "is no number of tokens"),
+        (["--json", ""], "`json=` is a directory"),
     ],
 )
 def test_bad_input_ends_in_one_line(script, capsys, arguments, message):
