@@ -75,6 +75,11 @@ class Preset:
         mine = (self.keys, self.values, *(c for o in self.overrides for c in (o.keys, o.values)))
         return any(codec is not None and codec.needs_params for codec in mine)
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `policy` finds something out for each model: constants, or bits by layer."""
+        return self.budget is not None or self.needs_params
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SegmentPolicy:
@@ -187,10 +192,18 @@ def policy(name: str, model: Any, calibration: Any = None, text: Any = None, pro
       progress: show a progress bar while calibrating.
 
     Raises:
-      ValueError, OSError: one line, for an unknown name, for a calibration file that is damaged or was made for another
-        model, preset or rotary embedding, and where one of many processes would have to calibrate.
+      ValueError, OSError: one line, for an unknown name, for `calibration` or `text` where the preset needs neither or
+        both are given, for a calibration file that is damaged or was made for another model, preset or rotary
+        embedding, and where one of many processes would have to calibrate.
     """
     chosen = preset(name)
+    if calibration is not None and text is not None:
+        raise ValueError(
+            f"`calibration={calibration}` is fitted already, and `text={text}` to fit on; pass one of them."
+        )
+    for option, given in (("calibration", calibration), ("text", text)):
+        if given is not None and not chosen.is_fitted:
+            raise ValueError(f"`{option}={given}`: `quant={name}` needs no calibration; leave it out.")
     layers = model.config.layers
     if chosen.budget is not None:
         from kvjax.calibrate.allocate import allocated
@@ -241,7 +254,8 @@ def _calibrated(name: str, chosen: Preset, model: Any, calibration: Any, text: A
         check_alone(name)
         return calibrate.calibrate(model, name, chosen, text=text, progress=progress).params
     path, cached = fitted_file(model, f"{name}.safetensors")
-    if path := calibration or path:
+    path = path if calibration is None else calibration
+    if path is not None:
         return calibrate.load(path, model, name, chosen).params
     check_alone(name)
     found = calibrate.calibrate(model, name, chosen, progress=progress)

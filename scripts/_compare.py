@@ -18,6 +18,7 @@ from kvjax.evaluate.journal import Journal
 from kvjax.evaluate.memory import SHAPES, cache_shape
 from kvjax.evaluate.report import plotting
 from kvjax.evaluate.text import tokenize, windows
+from kvjax.policy import preset
 
 DEFAULT_CONTEXT = 1024
 WINDOWS, DECODE_WINDOWS = 32, 8
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     if args.tokens < 1:
         raise ValueError(f"`tokens={args.tokens}` must be at least 1.")
     out = writable(args.out)
-    calibration = digest_of(args.calibration_text) if args.calibration_text else None
+    calibration = check_calibration_text(args.calibration_text, names)
     try:
         plotting()
         can_plot = True
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         tell(note)
     try:
         outcome = compare(
-            task, names, lambda name: kvjax.policy(name, model, text=args.calibration_text), journal,
+            task, names, lambda name: policy(name, model, args.calibration_text), journal,
             calibration=calibration, on_start=tell,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -163,6 +164,20 @@ def writable(path: str) -> Path:
     except OSError as error:
         raise OSError(f"`out={path}` cannot be written to ({error.strerror}); name another directory.") from None
     return folder
+
+
+def check_calibration_text(path: str | None, names: list[str]) -> str | None:
+    """The digest of --calibration-text; refuses one that cannot be read, or that the only preset has no use for."""
+    if path is None:
+        return None
+    if len(names) == 1 and not preset(names[0]).is_fitted:
+        raise ValueError(f"`calibration-text={path}`: `quant={names[0]}` needs no calibration; leave it out.")
+    return digest_of(path)
+
+
+def policy(name: str, model: Any, calibration_text: str | None) -> kvjax.Policy:
+    """A preset for the model, fitted to the text if it is one of those that are fitted."""
+    return kvjax.policy(name, model, text=calibration_text if preset(name).is_fitted else None)
 
 
 def digest_of(path: str) -> str:

@@ -40,7 +40,7 @@ class Saved:
     def _open(self, args: argparse.Namespace) -> None:
         if args.prompt is None and not args.prompt_file:
             raise ValueError("`--load-cache` continues a saved text; give --prompt or --prompt-file with what follows.")
-        if args.calibration:
+        if args.calibration is not None:
             raise ValueError("`--calibration`: a saved cache has its constants with it; leave it out.")
         facts = saving.read_facts(self.load_from)
         if args.quant not in (None, facts["policy"]):

@@ -101,10 +101,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run_perplexity(args: argparse.Namespace) -> tuple[list, Table, list[str]]:
     names = presets(args.quant)
+    _compare.check_calibration_text(args.calibration_text, names)
     model = kvjax.load(args.model, args.dtype)
     text, tokens = read_windows(args, model)
     first = perplexity.first_target(args.protocol, tokens.shape[1], args.prefill)
-    policies = [kvjax.policy(name, model, text=args.calibration_text) for name in names]
+    policies = [_compare.policy(name, model, args.calibration_text) for name in names]
     results = perplexity.perplexity(
         model, policies, tokens, protocol=args.protocol, prefill=args.prefill, batch=args.batch
     )
@@ -121,13 +122,14 @@ def run_perplexity(args: argparse.Namespace) -> tuple[list, Table, list[str]]:
 
 def run_passkey(args: argparse.Namespace) -> tuple[list, Table, list[str]]:
     names = presets(args.quant)
+    _compare.check_calibration_text(args.calibration_text, names)
     if args.plot:
         report.plotting(args.plot)
     model = kvjax.load(args.model, args.dtype)
     text = tokenize(model, args.text, "newline") if args.text else None
     lengths = [length for part in args.lengths for length in part]
     passkey.tasks_of(model, text.tokens if text else None, lengths, args.depths, args.trials)  # refuses, or is cheap
-    policies = [kvjax.policy(name, model, text=args.calibration_text) for name in names]
+    policies = [_compare.policy(name, model, args.calibration_text) for name in names]
     results = passkey.passkey(
         model, policies, text.tokens if text else None,
         lengths=lengths, depths=args.depths, trials=args.trials, seed=args.seed,
@@ -144,12 +146,14 @@ def run_passkey(args: argparse.Namespace) -> tuple[list, Table, list[str]]:
 
 
 def run_ladder(args: argparse.Namespace) -> tuple[list, Table, list[str]]:
+    if args.calibration_text is not None:
+        _compare.digest_of(args.calibration_text)  # told before the model is loaded where it cannot be read
     model = kvjax.load(args.model, args.dtype)
     text, tokens = read_windows(args, model)
     if args.samples < 1:
         raise ValueError(f"`samples={args.samples}` must be at least 1.")
     length = tokens.shape[1]
-    if args.calibration_text:
+    if args.calibration_text is not None:
         calibration, source = tokens_from_file(model, args.calibration_text, args.samples, length)
     else:
         calibration, source = self_sampled_tokens(model, args.samples, length)

@@ -57,6 +57,13 @@ def test_a_calibration_for_something_else_is_refused(tiny, tmp_path):
     other = ASSETS / "tiny" / "calibration" / "kvquant2.safetensors"
     with pytest.raises(ValueError, match=r"`keys.bits` is 2 .* must be 3 .*recalibrate"):
         kvjax.policy("kvquant3", tiny, calibration=other)
+    for options, message in (
+        ({"calibration": other}, r"`calibration=.*kvquant2.safetensors`: `quant=kivi2` needs no calibration"),
+        ({"text": "/none"}, "`text=/none`: `quant=kivi2` needs no calibration"),
+        ({"text": "/none", "calibration": other}, "pass one of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kvjax.policy("kivi2", tiny, **options)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(other.read_bytes()[:-20])
     with pytest.raises(ValueError, match="damaged"):

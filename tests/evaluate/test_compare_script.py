@@ -80,7 +80,11 @@ def test_exit_codes(script, common, tmp_path, capsys, monkeypatch):
         ({"--tokens": "0"}, "tokens=0"),
         ({"--out": __file__}, "is a file"),
         ({"--out": "/proc/none"}, "cannot be written"),
-        ({"--calibration-text": "/none.txt"}, "`calibration-text=/none.txt` cannot be read"),
+        ({"--calibration-text": "/none.txt"}, "`quant=int4` needs no calibration"),
+        (
+            {"--quant": "int4,kvquant3", "--calibration-text": "/none.txt"},
+            "`calibration-text=/none.txt` cannot be read",
+        ),
         ({"--text": "/none.txt"}, "cannot be read"),
         ({"--haystack": "/none.txt"}, "cannot be read"),
         ({"--protocols": "all,half"}, "'half'"),

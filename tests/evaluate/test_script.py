@@ -34,6 +34,8 @@ def test_perplexity(script, text, tmp_path, capsys):
         (["--quant", ","], "names no preset"),
         (["--model", "/none"], "is no directory"),
         (["--text", "/none.txt"], "cannot be read"),
+        (["--calibration-text", "/none.txt"], "`calibration-text=/none.txt`: `quant=int4` needs no calibration"),
+        (["--quant", "int4,kivi2", "--calibration-text", "/none.txt"], "`calibration-text=/none.txt` cannot be read"),
         (["--context", "100000"], "2048 positions"),
         (["--context", "1024"], "tokens, less than one window"),
         (["--windows", "0"], "windows=0"),
@@ -59,6 +61,7 @@ def test_other_commands_refuse_too(script, capsys):
         (["passkey", "--model", "tiny", "--quant", "int4", "--lengths", "12"], "too few"),
         (["passkey", "--model", "tiny", "--quant", "int4", "--lengths", "256,a"], "invalid"),
         (["ladder", "--model", "tiny", "--text", "/none"], "cannot be read"),
+        (["ladder", "--model", "tiny", "--text", __file__, "--calibration-text", ""], "`calibration-text=` cannot be"),
         ([], "required"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -83,6 +83,7 @@ def refused(main, arguments, message, capsys):
         (["--temperature", "-1"], "`temperature=-1.0`"),
         (["--quant", "fp8", "--strict"], "strict: the reference would run"),
         (["--quant", "kvquant3", "--calibration", "{damaged}"], "damaged"),
+        (["--quant", "kivi2", "--calibration", "{damaged}"], "`quant=kivi2` needs no calibration"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(main, tmp_path, capsys, arguments, message):
