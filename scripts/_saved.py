@@ -35,10 +35,10 @@ class Saved:
             saving.check_directory(self.save_to)
         if self.load_from:
             self._open(args)
-        self.quant = args.quant = args.quant or "kvquant3"
+        self.quant = args.quant = "kvquant3" if args.quant is None else args.quant
 
     def _open(self, args: argparse.Namespace) -> None:
-        if args.prompt is None and not args.prompt_file:
+        if args.prompt is None and args.prompt_file is None:
             raise ValueError("`--load-cache` continues a saved text; give --prompt or --prompt-file with what follows.")
         if args.calibration is not None:
             raise ValueError("`--calibration`: a saved cache has its constants with it; leave it out.")

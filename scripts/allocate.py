@@ -143,7 +143,7 @@ def run_search(args: argparse.Namespace) -> tuple[list[Table], list[str]]:
 def run_auto(args: argparse.Namespace) -> tuple[list[Table], list[str]]:
     if (args.bits is None) == (args.quant is None):
         raise ValueError("pass either `--bits`, as in --bits 2.5, or `--quant`, as in --quant asymkv-auto@2.5-g64.")
-    name = args.quant or f"asymkv-auto@{args.bits:g}"
+    name = f"asymkv-auto@{args.bits:g}" if args.quant is None else args.quant
     chosen = preset(name)
     model = kvjax.load(args.model, args.dtype)
     began = time.perf_counter()

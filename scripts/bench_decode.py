@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from _cli import Parser, check_targets, count, environment, integers, one_line_errors, show, versions
+from _cli import Parser, check_targets, count, environment, integers, one_line_errors, presets, show, versions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -80,7 +80,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with one_line_errors():
         check_targets(args, "json", "plot")
-        for name in ("batch", "rounds", "heads", "group", "channels", "block", "layers", "headline_tokens"):
+        for name in (
+            "batch",
+            "rounds",
+            "heads",
+            "group",
+            "channels",
+            "block",
+            "layers",
+            "headline_tokens",
+            "headline_layers",
+        ):
             _positive(name, getattr(args, name))
         for context in args.contexts or []:
             _positive("contexts", context)
@@ -92,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_model(args: argparse.Namespace) -> int:
-    quants = (args.quant or "kvquant4,kvquant3,kvquant2").split(",")
+    quants = presets("kvquant4,kvquant3,kvquant2" if args.quant is None else args.quant)
     console = Console(stderr=True)
 
     def progress(rounds: range, what: str) -> Any:
@@ -179,7 +189,9 @@ def run_all(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None:
             large += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     storages = list(dict.fromkeys([attention.BASE, *_storages(args)]))
-    return session.run(__file__, options, storages, Path(args.out), args.seconds or 420.0, large)
+    return session.run(
+        __file__, options, storages, Path(args.out), 420.0 if args.seconds is None else args.seconds, large
+    )
 
 
 def write(args: argparse.Namespace, figures: Mapping[str, Any]) -> None:
@@ -200,7 +212,7 @@ def say(what: str) -> None:
 
 
 def _storages(args: argparse.Namespace) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys((args.quant or STORAGES).split(",")))
+    names = tuple(dict.fromkeys((STORAGES if args.quant is None else args.quant).split(",")))
     for name in names:
         if name not in specs.STORAGES:
             raise ValueError(f"`quant={name}` is not a storage; there are {', '.join(specs.STORAGES)}.")

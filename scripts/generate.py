@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny", help='"tiny", a directory in Hugging Face layout, or a hub id')
     parser.add_argument("--quant", help="preset (kvquant3; with --load-cache, what is saved)")
     parser.add_argument("--calibration", metavar="FILE", help="made by scripts/calibrate.py (found or made without)")
-    parser.add_argument("--prompt", metavar="TEXT", help="text to continue (one is built in)")
-    parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", metavar="TEXT", help="text to continue (one is built in)")
+    given.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (%(default)s)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest, 0 for all")
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace, console: Console, joined: Run) -> dict[str, An
         check_targets(args, "json")
     saved = Saved(args)
     prompt = PROMPT if args.prompt is None else args.prompt
-    if args.prompt_file:
+    if args.prompt_file is not None:
         prompt = Path(args.prompt_file).read_text(encoding="utf-8")
     if not args.load_cache:
         preset(args.quant)  # a misspelt preset is told before the model is loaded
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace, console: Console, joined: Run) -> dict[str, An
     if not ids.size:
         raise ValueError("`prompt` is empty; give at least one token to continue.")
     wanted = saved.length + ids.shape[1] + args.max_new_tokens
-    capacity = args.context or wanted
+    capacity = wanted if args.context is None else args.context
     if wanted > capacity:
         before = f"{args.load_cache} holds {saved.length} tokens, " if saved.length else ""
         raise ValueError(

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of weights and recent tokens"
     )
-    parser.add_argument("--max-bits", type=float, default=math.inf, metavar="B", help=f"per element, with {CHOOSE}")
+    parser.add_argument("--max-bits", type=float, metavar="B", help=f"per element, with --quant {CHOOSE} (any)")
     parser.add_argument("--device-memory", type=float, metavar="BYTES", help="that a program may use on a device")
     parser.add_argument("--bandwidth", type=float, metavar="BYTES/S", help="of that memory")
     parser.add_argument("--interconnect", type=float, metavar="BYTES/S", help="that a device sends, over all its links")
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         plan_report.plotting(args.plot)  # a missing matplotlib is told at once
     own = {"memory": args.device_memory}
     own |= {name: getattr(args, name) for name in ("bandwidth", "interconnect", "flops")}
+    check_max_bits(args)
     chip, devices = parse_devices(args.devices, own)
     mesh = sharding.parse_mesh(args.mesh) if args.mesh else None
     if mesh is not None:
@@ -98,10 +99,22 @@ def run(args: argparse.Namespace) -> None:
         plan_report.plot(Path(args.plot), question, rows, f"{what}, {count(args.batch, 'row')}")
 
 
+def check_max_bits(args: argparse.Namespace) -> None:
+    if args.max_bits is None:
+        return
+    if args.quant != CHOOSE:
+        raise ValueError(
+            f"`max-bits={args.max_bits:g}` is of --quant {CHOOSE}, but `quant={args.quant}` is given; leave one out."
+        )
+    if not 0 < args.max_bits < math.inf:
+        raise ValueError(f"`max-bits={args.max_bits:g}` must be a positive number of bits per element.")
+
+
 def choice(question: Question, args: argparse.Namespace, devices: int, mesh) -> tuple[list[str], str]:
     """The best preset that fits, what is next to it in quality, and a line that says so."""
-    found = choose(question, args.tokens, devices, max_bits=args.max_bits, mesh=mesh)
-    limit = f" and store at most {args.max_bits:g} bits" if math.isfinite(args.max_bits) else ""
+    max_bits = math.inf if args.max_bits is None else args.max_bits
+    found = choose(question, args.tokens, devices, max_bits=max_bits, mesh=mesh)
+    limit = f" and store at most {max_bits:g} bits" if math.isfinite(max_bits) else ""
     if found.best is None:
         raise ValueError(
             f"`quant={CHOOSE}`: none of {', '.join(BY_QUALITY)} fits {args.tokens:,} tokens on {args.devices}{limit}; "

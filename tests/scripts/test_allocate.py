@@ -67,6 +67,7 @@ def test_auto(main, text, tmp_path, capsys):
         (["auto", "--bits", "1"], "a budget of 1 true bits per element"),
         (["auto", "--bits", "2", "--quant", "asymkv-auto@2"], "either `--bits`"),
         (["auto", "--quant", "kivi2"], "no budget to spend"),
+        (["auto", "--quant", ""], "`quant=` is not a preset"),
         (["auto", "--bits", "2", "--out", "/none/a.toml"], "`out=/none/a.toml`: its directory does not exist"),
         (["auto", "--bits", "2", "--text", "/none.txt"], "/none.txt"),
         (["search", "--text", "TEXT", "--low", "2", "--context", "64"], "must be fewer bits"),

@@ -216,6 +216,8 @@ def test_plot(tmp_path):
         (["--attention", "--implementation", "cuda"], "invalid choice: 'cuda'"),
         (["--attention", "--checked", "/nowhere.json", "--implementation", "reference"], "/nowhere.json"),
         (["--all", "--quant", "kivi33"], "`quant=kivi33`"),
+        (["--attention", "--quant", ""], "`quant=` is not a storage"),
+        (["--headline", "--headline-layers", "0"], "`headline_layers=0` must be at least 1"),
         (["--headline", "--headline-quant", "kvquant33"], "`quant=kvquant33`"),
         (["--headline", "--headline-model", "small", "--headline-tokens", "20"], "`headline_tokens=20` must exceed"),
         (["--attention", "--headline"], "not allowed with"),
