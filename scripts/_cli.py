@@ -93,6 +93,13 @@ def integers(value: str) -> list[int]:
     return [int(part) for part in value.split(",") if part]
 
 
+def seed(value: str) -> int:
+    """The type of --seed: JAX makes keys of 32 bits, so a larger number would draw the same as a smaller one."""
+    if not (value.isascii() and value.isdigit()) or int(value) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{value!r} is no seed; write a whole number from 0 to {(1 << 32) - 1}")
+    return int(value)
+
+
 def tokens(value: str) -> int:
     """The type of an option that takes a number of tokens: 1048576, 10M (decimal), 128k, 1Mi (binary)."""
     units = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _cli import count, environment, integers, presets, show
+from _cli import count, environment, integers, presets, seed, show
 from rich.console import Console
 
 import kvjax
@@ -39,7 +39,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--no-passkey", action="store_true", help="perplexity only")
     sub.add_argument("--depths", type=int, default=10, metavar="N", help="places of the number (%(default)s)")
     sub.add_argument("--trials", type=int, default=5, metavar="N", help="prompts per length and depth (%(default)s)")
-    sub.add_argument("--seed", type=int, default=0, help="of numbers and pieces of text (%(default)s)")
+    sub.add_argument("--seed", type=seed, default=0, help="of numbers and pieces of text (%(default)s)")
     sub.add_argument("--shape", default="llama-7b", metavar="S",
                      help=f"whose cache bytes are counted: {', '.join(SHAPES)}, or layers x kv heads x head size as in "
                      "32x8x128 (%(default)s)")  # fmt: skip

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _cli import Parser, check_targets, environment, one_line_errors, show
+from _cli import Parser, check_targets, environment, one_line_errors, seed, show
 from evaluate import describe_windows, read_windows
 from rich.table import Table
 
@@ -78,7 +78,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on; without it the model writes its own")
     sub.add_argument("--samples", type=int, metavar="N", help=f"windows of it ({allocate.SAMPLES})")
     sub.add_argument("--length", type=int, metavar="S", help=f"tokens of each ({allocate.LENGTH})")
-    sub.add_argument("--seed", type=int, default=0, help="of the windows or the sampled text (%(default)s)")
+    sub.add_argument("--seed", type=seed, default=0, help="of the windows or the sampled text (%(default)s)")
     sub.add_argument("--rounds", type=int, default=allocate.ROUNDS, metavar="N", help="of refinement (%(default)s)")
     sub.add_argument("--batch", type=int, metavar="N", help="windows at a time; no result depends on it")
     sub.add_argument("--out", metavar="FILE.toml", help="write a policy file, for --quant FILE.toml anywhere")

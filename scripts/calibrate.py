@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 
-from _cli import Parser, one_line_errors
+from _cli import Parser, one_line_errors, seed
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text; without it the model writes its own")
     parser.add_argument("--samples", type=int, default=calibration.SAMPLES, metavar="N", help="sequences (%(default)s)")
     parser.add_argument("--length", type=int, metavar="S", help="tokens of each (2048, or the model's context)")
-    parser.add_argument("--seed", type=int, default=0, help="of the windows or the sampled text (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the windows or the sampled text (%(default)s)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (%(default)s)")
     parser.add_argument("--out", required=True, metavar="FILE.safetensors")
     args = parser.parse_args(argv)

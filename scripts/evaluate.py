@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import _compare
-from _cli import Parser, check_targets, environment, integers, one_line_errors, presets, show
+from _cli import Parser, check_targets, environment, integers, one_line_errors, presets, seed, show
 from rich.table import Table
 
 import kvjax
@@ -88,7 +88,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--depths", type=int, default=10, metavar="N", help="places of the number, evenly spread (%(default)s)"
     )
     sub.add_argument("--trials", type=int, default=5, metavar="N", help="prompts per length and depth (%(default)s)")
-    sub.add_argument("--seed", type=int, default=0, help="of numbers and pieces of text (%(default)s)")
+    sub.add_argument("--seed", type=seed, default=0, help="of numbers and pieces of text (%(default)s)")
     sub.add_argument("--plot", metavar="FILE", help="draw recall by length and depth (needs matplotlib)")
 
     sub = command("ladder", run_ladder, "KVQuant's parts, one after the other")

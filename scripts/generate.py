@@ -21,7 +21,7 @@ from typing import IO, Any
 import _mesh
 import jax
 import numpy as np
-from _cli import Parser, check_targets, one_line_errors, versions
+from _cli import Parser, check_targets, one_line_errors, seed, versions
 from _saved import Saved, saved_rows
 from rich.console import Console
 from rich.table import Table
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (%(default)s)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest, 0 for all")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--context", type=int, metavar="N", help="capacity in tokens (prompt and new tokens)")
     parser.add_argument("--save-cache", metavar="DIR", help="save the cache there once it holds the prompt")
     parser.add_argument("--load-cache", metavar="DIR", help="continue what is saved there with the prompt")

@@ -74,6 +74,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             else kvjax.load(args.model, mesh=mesh)
         )
         text = tokenize(model, args.text).tokens
+    if not len(text):
+        raise ValueError(f"`text={args.text}` is empty; pass a text of at least one token.")
     console.print(f"{len(text):,} tokens of text, read {args.tokens / len(text):.1f} times")
     with Bar(args.tokens, console) as bar:
         facts = long_context.measure(model, text, settings, mesh, args.check, args.one_device, console.print, bar.track)

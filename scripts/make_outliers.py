@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from _cli import Parser, one_line_errors
+from _cli import Parser, one_line_errors, seed
 from rich.console import Console
 from rich.table import Table
 
@@ -61,7 +61,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                             help="powers of two to draw from (%(default)s)")  # fmt: skip
         parser.add_argument(f"--{what}-fraction", type=float, metavar="P", default=default[f"{what}_fraction"],
                             help=f"share of a head's {unit} (%(default)s)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=default["seed"], help="of channels and factors (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=default["seed"], help="of channels and factors (%(default)s)")
     parser.add_argument("--text", metavar="FILE", help="measure on this UTF-8 text (random tokens)")
     parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="to measure on (%(default)s)")
     return parser.parse_args(argv)

@@ -99,22 +99,22 @@ def plot_recall(results: Sequence[passkey.Result], path: Any) -> None:
     pyplot.close(figure)
 
 
-def plotting(path: Any = None) -> Any:
+def plotting(path: Any = None, option: str = "plot") -> Any:
     """matplotlib's pyplot, drawing to files only.
 
     Raises:
-      ValueError: one line, where it is not installed, and for a `path` that ends in no format it writes.
+      ValueError: one line, where it is not installed, and where `path` (of `option`) ends in no format that it writes.
     """
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("`plot` needs matplotlib; pip install 'kvjax[plots]', or leave it out.") from None
+        raise ValueError(f"`{option}` needs matplotlib; pip install 'kvjax[plots]'.") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
     from matplotlib.backend_bases import FigureCanvasBase
 
     if path is not None and Path(path).suffix.lower()[1:] not in FigureCanvasBase.filetypes:
-        raise ValueError(f"`plot={path}` must end in a format of pictures: .png, .svg or .pdf.")
+        raise ValueError(f"`{option}={path}` must end in a format of pictures: .png, .svg or .pdf.")
     return pyplot
 
 

@@ -70,6 +70,7 @@ def test_auto(main, text, tmp_path, capsys):
         (["auto", "--quant", ""], "`quant=` is not a preset"),
         (["auto", "--bits", "2", "--out", "/none/a.toml"], "`out=/none/a.toml`: its directory does not exist"),
         (["auto", "--bits", "2", "--text", "/none.txt"], "/none.txt"),
+        (["auto", "--bits", "2", "--seed", "-1"], "argument --seed: '-1' is no seed"),
         (["search", "--text", "TEXT", "--low", "2", "--context", "64"], "must be fewer bits"),
         (["search", "--text", "TEXT", "--suffix", "g7x"], "is not a preset"),
         (["search", "--text", "TEXT", "--top", "0"], "top=0"),

@@ -83,6 +83,7 @@ def refused(main, arguments, message, capsys):
         (["--prompt", ""], "`prompt` is empty"),
         (["--prompt-file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt"),
         (["--max-new-tokens", "0"], "`max_new_tokens=0`"),
+        (["--seed", "99999999999999999999"], "argument --seed: '99999999999999999999' is no seed"),
         (["--temperature", "-1"], "`temperature=-1.0`"),
         (["--quant", "fp8", "--strict"], "strict: the reference would run"),
         (["--quant", "kvquant3", "--calibration", "{damaged}"], "damaged"),

@@ -49,6 +49,7 @@ def test_report(main, text, tmp_path, capsys):
         (["--quant", "kvquant33"], "`quant=kvquant33` is not a preset"),
         (["--tokens", "many"], "'many' is no number of tokens"),
         (["--mesh", "ring=8"], "`mesh=ring=8`"),
+        (["--text", "/dev/null", "--tokens", "1k"], "`text=/dev/null` is empty"),
         (["--json", "/nowhere/a.json"], "`json=/nowhere/a.json`"),
         (["--max-new-tokens", "0"], "`new_tokens=0` must be at least 1"),
     ],
