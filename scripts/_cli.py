@@ -51,6 +51,16 @@ def check_targets(args: argparse.Namespace, *options: str) -> None:
             raise PermissionError(f"`{option}={path}` cannot be written; name another file.")
 
 
+def check_folder(args: argparse.Namespace, option: str) -> None:
+    """Raises OSError, with the option's name, for a folder that cannot be made or written to."""
+    path = Path(getattr(args, option)).expanduser()
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"`{option}={path}`: {there} is a file; name a directory.")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"`{option}={path}` cannot be written to; name another directory.")
+
+
 def versions() -> dict[str, str]:
     """What a report must name to be repeated."""
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}

@@ -106,7 +106,7 @@ def make_task(args: argparse.Namespace, model: Any) -> tuple[Task, list[str]]:
         "all": min(WINDOWS, available) if args.windows is None else args.windows,
         "decode": min(DECODE_WINDOWS, available) if args.decode_windows is None else args.decode_windows,
     }
-    haystack = tokenize(model, args.haystack, "newline") if args.haystack else None
+    haystack = tokenize(model, args.haystack, "newline", "haystack") if args.haystack else None
     task = Task(
         model,
         {protocol: windows(text, context, counts[protocol]) for protocol in report.PROTOCOLS if protocol in protocols},

@@ -22,13 +22,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from _cli import Parser, check_targets, count, environment, integers, one_line_errors, presets, show, versions
+from _cli import (
+    Parser,
+    check_folder,
+    check_targets,
+    count,
+    environment,
+    integers,
+    one_line_errors,
+    presets,
+    show,
+    versions,
+)
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from kvjax.evaluate.bench import attention, device, headline, report, session, steps
 from kvjax.evaluate.report import machine, plotting
+from kvjax.evaluate.text import read_file
 from pallas_kernels.decode_attention import api, specs
 
 STORAGES = "kivi4,kivi2,kvquant4,kvquant3,kvquant2,int4,kvquant4-dense,kvquant2-dense,int8,asymkv-k2v1,kivi1"
@@ -95,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         for context in args.contexts or []:
             _positive("contexts", context)
         if args.all:
+            check_folder(args, "out")
             return run_all(args)
         if args.headline:
             return run_headline(args)
@@ -141,7 +154,7 @@ def run_attention(args: argparse.Namespace) -> int:
         f"{settings.group} query heads each, {count(settings.batch, 'row')}, blocks of {blocks}; "
         f"median of 2 runs of {settings.rounds} calls"
     )
-    known = json.loads(Path(args.checked).read_text(encoding="utf-8"))["rows"] if args.checked else None
+    known = None if args.checked is None else read_checked(args.checked)
     for more in attention.measure(settings, say, known):
         rows += more
         write(args, facts | {"rows": rows})
@@ -149,6 +162,18 @@ def run_attention(args: argparse.Namespace) -> int:
             report.plot(rows, f"{what}\n{environment()}", Path(args.plot))
     show([report.time_table(rows), report.bytes_table(rows), *report.notes(rows), what, environment()])
     return _code(rows)
+
+
+def read_checked(path: str) -> list[attention.Row]:
+    """The rows that --check wrote."""
+    try:
+        rows = json.loads(read_file(path, "checked"))["rows"]
+        whole = all({"storage", "status"} <= row.keys() for row in rows)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"`checked={path}` is not what --check --json writes; make it so, or leave it out.")
+    return rows
 
 
 def run_headline(args: argparse.Namespace) -> int:

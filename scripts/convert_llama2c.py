@@ -6,7 +6,7 @@ python scripts/convert_llama2c.py stories260K.bin tok512.bin --out runs/stories2
 import argparse
 import sys
 
-from _cli import Parser, one_line_errors
+from _cli import Parser, check_folder, one_line_errors
 
 from kvjax.model.llama2c import convert
 
@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIRECTORY", help="made if missing")
     args = parser.parse_args(argv)
     with one_line_errors():
+        check_folder(args, "out")
         print(convert(args.checkpoint, args.tokenizer, args.out))
     return 0
 

@@ -29,6 +29,7 @@ from rich.table import Table
 import kvjax
 from kvjax.decode import bits_per_element, bits_read, explain, generate, init_cache, nbytes, statistics
 from kvjax.distributed import Run
+from kvjax.evaluate.text import read_file
 from kvjax.policy import preset
 
 PROMPT = "The captain looked out over the sea, and for a long time he did not speak."
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace, console: Console, joined: Run) -> dict[str, An
     saved = Saved(args)
     prompt = PROMPT if args.prompt is None else args.prompt
     if args.prompt_file is not None:
-        prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+        prompt = read_file(args.prompt_file, "prompt-file")
     if not args.load_cache:
         preset(args.quant)  # a misspelt preset is told before the model is loaded
     mesh = _mesh.make(args, joined, prompt)

@@ -116,10 +116,13 @@ def choice(question: Question, args: argparse.Namespace, devices: int, mesh) -> 
     found = choose(question, args.tokens, devices, max_bits=max_bits, mesh=mesh)
     limit = f" and store at most {max_bits:g} bits" if math.isfinite(max_bits) else ""
     if found.best is None:
+        fitting = [p.bits_per_element for p in found.plans if p.fits]
+        why = f"the smallest misses by {-max(p.spare for p in found.plans) / 2**30:.2f} GiB per device; add devices."
+        if fitting:
+            why = f"those that fit store {min(fitting):.2f} bits and more; allow as many."
         raise ValueError(
             f"`quant={CHOOSE}`: none of {', '.join(BY_QUALITY)} fits {args.tokens:,} tokens on {args.devices}{limit}; "
-            f"the smallest misses by {-max(p.spare for p in found.plans) / 2**30:.2f} GiB per device; add devices or "
-            "allow more bits."
+            f"{why}"
         )
     names = [found.best.quant, *(p.quant for p in found.plans if p.quant != found.best.quant)]
     return names, f"Take {found.best.quant}: the best in quality (README, Results) of those that fit{limit}."

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from _cli import Parser, one_line_errors
+from _cli import Parser, check_folder, one_line_errors
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "train_tiny.toml"
 
@@ -39,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    check_folder(args, "out")
     for name in ("minutes", "checkpoint_every", "devices", "recall_trials"):
         value = getattr(args, name)
         if value is not None and value <= 0:

@@ -68,9 +68,14 @@ def abstract_cache(
       ValueError: where the preset does not fit the shape: layers it names, groups that do not divide the head size.
     """
     if preset.budget is not None:
-        raise ValueError("its bits per layer come from measurements on a model, and there is none of this shape")
+        raise ValueError(
+            f"`quant={name}`: its bits per layer come from measurements on a model, and there is none of this shape; "
+            "use a preset of given bits."
+        )
     # Lists, for a pytree's dict must have keys that can be sorted, and codecs cannot.
-    sides = [list(dict.fromkeys(c for c in codecs if c.needs_params)) for codecs in zip(*preset.codecs(shape.layers))]
+    sides = [
+        list(dict.fromkeys(c for c in codecs if c.needs_params)) for codecs in zip(*preset.codecs(shape.layers, name))
+    ]
 
     def make(params: list[list[Any]]) -> decode.KVCache:
         policy = bind(name, preset, shape.layers, *(dict(zip(*side)) for side in zip(sides, params)))

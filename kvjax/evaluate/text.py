@@ -26,7 +26,19 @@ class Text:
     join: str
 
 
-def read_text(path: Any, join: Join = "auto") -> tuple[str, str]:
+def read_file(path: Any, option: str = "text") -> str:
+    """A UTF-8 file as it is; OSError or ValueError, in one line that names `option`, for one that cannot be read."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"`{option}={str(path)!r}` is not UTF-8 ({error.reason} at byte {error.start}); pass a UTF-8 text file."
+        ) from None
+    except OSError as error:
+        raise OSError(f"`{option}={str(path)!r}` cannot be read ({error.strerror}); pass a UTF-8 text file.") from None
+
+
+def read_text(path: Any, join: Join = "auto", option: str = "text") -> tuple[str, str]:
     """A text file as one string.
 
     Args:
@@ -34,6 +46,7 @@ def read_text(path: Any, join: Join = "auto") -> tuple[str, str]:
       join: "newline": the file as it is. "blank-line": every line is a paragraph, and a blank line is put between any
         two; the usual form of raw WikiText, whose copies come without blank lines. "auto": "blank-line" where the file
         has no blank line of its own, else "newline".
+      option: what errors call it.
 
     Returns:
       The text, and "newline" or "blank-line".
@@ -43,20 +56,15 @@ def read_text(path: Any, join: Join = "auto") -> tuple[str, str]:
     """
     if join not in ("auto", "newline", "blank-line"):
         raise ValueError(f'`join={join!r}` must be "auto", "newline" or "blank-line".')
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8").strip("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`text={str(path)!r}` is not UTF-8 ({error.reason} at byte {error.start}).") from None
-    except OSError as error:
-        raise OSError(f"`text={str(path)!r}` cannot be read ({error.strerror}); pass a UTF-8 text file.") from None
+    text = read_file(path, option).strip("\n")
     if join == "auto":
         join = "newline" if "\n\n" in text or "\n \n" in text else "blank-line"
     return (text.replace("\n", "\n\n") if join == "blank-line" else text), join
 
 
-def tokenize(model: Any, path: Any, join: Join = "auto") -> Text:
+def tokenize(model: Any, path: Any, join: Join = "auto", option: str = "text") -> Text:
     """Reads and tokenises a file for `model`, in one piece and with whatever its tokenizer puts in front."""
-    text, joined = read_text(path, join)
+    text, joined = read_text(path, join, option)
     ids = model.tokenizer(text, verbose=False)["input_ids"]
     return Text(np.asarray(ids, np.int32), len(text.encode()), Path(path).name, joined)
 

@@ -86,7 +86,7 @@ def test_exit_codes(script, common, tmp_path, capsys, monkeypatch):
             "`calibration-text=/none.txt` cannot be read",
         ),
         ({"--text": "/none.txt"}, "cannot be read"),
-        ({"--haystack": "/none.txt"}, "cannot be read"),
+        ({"--haystack": "/none.txt"}, "`haystack='/none.txt'` cannot be read"),
         ({"--protocols": "all,half"}, "'half'"),
         ({"--context": "100000"}, "2048 positions"),
         ({"--windows": "0"}, "windows=0"),

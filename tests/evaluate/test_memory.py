@@ -39,7 +39,10 @@ def test_fitted_constants_of_several_codecs():
 
 def test_presets_that_fit_no_other_shape():
     shape = cache_shape("3x2x64")
-    for name, message in (("asymkv-16-0", "has 3 layers"), ("asymkv-auto@2.5", "measurements on a model")):
+    for name, message in (
+        ("asymkv-16-0", "`quant=asymkv-16-0` sets layer 3, but the model has 3 layers"),
+        ("asymkv-auto@2.5", "`quant=asymkv-auto@2.5`: .* measurements on a model"),
+    ):
         with pytest.raises(ValueError, match=message):
             footprint(name, preset(name), shape, 1024)
 

@@ -101,6 +101,13 @@ def test_script(tmp_path):
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "nothing.bin" in failed.stderr
 
 
+def test_script_refuses_a_file_as_folder(load_script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_script("convert_llama2c").main(["model.bin", "tok.bin", "--out", __file__])
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and errors == f"error: `out={__file__}`: {__file__} is a file; name a directory.\n"
+
+
 def test_pairs_to_halves_by_hand():
     rows = np.arange(8.0)[:, None]  # two heads of four channels: 0 1 2 3 and 4 5 6 7
     assert llama2c.pairs_to_halves(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

@@ -81,7 +81,8 @@ def refused(main, arguments, message, capsys):
         (["--context", "0"], "--context is 0; pass --context"),
         (["--prompt", "a", "--prompt-file", "b"], "argument --prompt-file: not allowed with argument --prompt"),
         (["--prompt", ""], "`prompt` is empty"),
-        (["--prompt-file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt"),
+        (["--prompt-file", "/nowhere/prompt.txt"], "`prompt-file='/nowhere/prompt.txt'` cannot be read"),
+        (["--prompt-file", "{binary}"], "is not UTF-8 (invalid start byte at byte 0)"),
         (["--max-new-tokens", "0"], "`max_new_tokens=0`"),
         (["--seed", "99999999999999999999"], "argument --seed: '99999999999999999999' is no seed"),
         (["--temperature", "-1"], "`temperature=-1.0`"),
@@ -93,4 +94,6 @@ def refused(main, arguments, message, capsys):
 def test_bad_input_is_one_line_and_exit_code_2(main, tmp_path, capsys, arguments, message):
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"\x10\x00\x00")
-    refused(main, [a.format(damaged=damaged) for a in arguments], message, capsys)
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\x94")
+    refused(main, [a.format(damaged=damaged, binary=binary) for a in arguments], message, capsys)

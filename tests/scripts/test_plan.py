@@ -69,6 +69,8 @@ def test_it_chooses_preset_and_number_of_devices(script, tmp_path, capsys):
         (["--quant", "auto", "--tokens", "1G", "--devices", "v5e:1"], "the smallest misses by"),
         (["--batch", "0"], "must all be at least 1"),
         (["--tokens", "-5"], "is no number of tokens"),
+        (["--quant", "asymkv-99-99"], "`quant=asymkv-99-99` sets layer 32"),
+        (["--quant", "auto", "--max-bits", "1", "--model", "tiny"], "and store at most 1 bits; those that fit store"),
         (["--max-bits", "2"], "`max-bits=2` is of --quant auto, but `quant=kvquant3` is given"),
         (["--quant", "auto", "--max-bits", "nan"], "`max-bits=nan` must be a positive number"),
         (["--json", ""], "`json=` is a directory"),

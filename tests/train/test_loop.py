@@ -173,6 +173,7 @@ def test_runs_that_cannot_begin_say_why(whole, small_recipe, small_corpus, tmp_p
         (["--corpus", "short.txt", "--tokenizer", "absent.json"], "absent.json"),
         (["--corpus", "short.txt", "--set", "model.vocab=5000"], "4096 pieces"),
         (["--corpus", "short.txt", "--minutes", "-1"], "must be positive"),
+        (["--corpus", "short.txt", "--out", "short.txt/run"], "short.txt is a file; name a directory"),
         (["--corpus", "short.txt", "--devices", "10000"], "give fewer"),
     ],
 )
