@@ -80,6 +80,10 @@ def _names(path: Any, table: dict[str, Any]) -> tuple[str | None, str | None]:
     for name in names:
         if name is not None and (not isinstance(name, str) or name.endswith(".toml")):
             raise ValueError(f"`quant={path}`: {name!r} must be the name of a preset.")
+        if both is None and name is not None and ":" in name:
+            raise ValueError(
+                f"`quant={path}`: {name!r} is a pair; name one preset as `keys` or `values`, or set `quant`."
+            )
     return names
 
 

@@ -29,6 +29,7 @@ among 1, 2 and 4 bits, and among groups and levels where no suffix settles them.
 import dataclasses
 import difflib
 import re
+from pathlib import Path
 from typing import Literal
 
 from kvjax.codecs import (
@@ -222,7 +223,7 @@ _AUTO = re.compile(r"asymkv-auto(?:-(?P<early>\d)/(?P<late>\d))?@(?P<budget>\d+(
 
 def named(name: str) -> Preset:
     """The preset of a name, a pair of names A:B, or a TOML file."""
-    if name.endswith(".toml"):
+    if is_file(name):
         from kvjax.policy_file import read  # reads names, so it needs this module
 
         return read(name)
@@ -242,6 +243,11 @@ def named(name: str) -> Preset:
         f"`quant={name}` is not a preset; the nearest are {', '.join(near)}, and there are asymkv-LK-LV, "
         "asymkv-HI/LO-LK-LV, asymkv-auto@BITS, NAME-rot, KEYS:VALUES and files in TOML (README, Methods)."
     )
+
+
+def is_file(name: str) -> bool:
+    """Whether a name is that of a TOML file; A:B.toml is a pair, unless there is a file of that name."""
+    return name.endswith(".toml") and (":" not in name or Path(name).expanduser().is_file())
 
 
 def _asymkv_family(fields: dict[str, str | None], early: int, late: int | None) -> Preset:
@@ -270,6 +276,9 @@ def _levels(fields: dict[str, str | None], widths: tuple[int, ...]) -> Levels | 
 
 def pair(keys: str, values: str) -> Preset:
     """The keys of one preset and the values of another; sinks as many as either wants."""
+    for half in (keys, values):
+        if ":" in half and not is_file(half):
+            raise ValueError(f"`quant={keys}:{values}` has more than two parts; KEYS:VALUES names two presets.")
     k, v = named(keys), named(values)
     if k.budget is not None or v.budget is not None:
         raise ValueError(f"`quant={keys}:{values}`: asymkv-auto chooses keys and values together; use it alone.")

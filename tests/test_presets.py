@@ -94,6 +94,12 @@ def test_a_toml_file_is_a_preset(tmp_path):
     assert shapes == {(0, 4): (2, 16), (1,): (1, 8), (2, 3): (2, 8)}
     wanted = kvjax.policy("kvquant3", tiny).segments[0].k_params["levels"][2:4]
     np.testing.assert_array_equal(policy.segments[2].k_params["levels"], wanted)
+    keys, values = preset(f"{path}:int4"), preset(f"int4:{path}")
+    assert (keys.keys, keys.values) == (chosen.keys, PRESETS["int4"].values)
+    assert (values.keys, values.values) == (PRESETS["int4"].keys, chosen.values)
+    odd = tmp_path / "a:b.toml"
+    odd.write_text("quant = 'kivi2'")
+    assert preset(str(odd)) == PRESETS["kivi2"]
 
 
 def test_a_file_with_other_windows_takes_the_fitted_constants_of_its_preset(tmp_path, monkeypatch):
@@ -120,6 +126,7 @@ def test_a_file_with_other_windows_takes_the_fitted_constants_of_its_preset(tmp_
         ("quant = 'kivi2'\n[[layers]]\nids = [0]", "must set `quant`, `keys` or `values`"),
         ("quant = 'kivi2'\n[[layers]]\nids = [0]\nquant = 'asymkv-1-0'", "differs by layer"),
         ("quant = 'kivi2'\nlayers = 3", "must be tables"),
+        ("keys = 'kivi2:int4'\nvalues = 'bf16'", "'kivi2:int4' is a pair; name one preset as `keys`"),
         ("quant = ", "is not TOML"),
         ("quant = 'nosuch'", "`quant=nosuch` is not a preset"),
     ],
@@ -140,6 +147,7 @@ def test_names_that_make_no_preset():
         "kivi5": "`bits=5` cannot be packed",
         "kivi2-twomean": "-twomean is of 1-bit codes",
         "asymkv-auto@2:kivi2": "use it alone",
+        "kivi2:int4:bf16": "`quant=kivi2:int4:bf16` has more than two parts",
         "kvquant3-rot": "fitted constants",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -26,7 +26,7 @@ from kvjax.evaluate.perplexity import REFERENCE, Evaluation, path_of
 from kvjax.evaluate.progress import Units
 from kvjax.model.llama import LoadedModel
 from kvjax.policy import Policy, preset
-from kvjax.presets import PRESETS
+from kvjax.presets import PRESETS, is_file
 
 PASSKEY = "passkey"
 # The reference's logits on the host, of each protocol: 64 windows of 1024 tokens with a vocabulary of 4096.
@@ -127,7 +127,7 @@ def default_presets() -> list[str]:
 
 def family(name: str) -> str:
     """The method a preset's name belongs to: its letters up to the first number, or the file that defines it."""
-    if name.endswith(".toml"):
+    if is_file(name):
         return Path(name).stem
     if ":" in name:
         return "pair"

@@ -243,7 +243,7 @@ def test_presets_and_families():
     assert names[:3] == ["bf16", "f16", "f32"] and "kvquant2-dense" in names
     assert not any("qnorm" in name for name in names)
     families = {"kvquant2-dense": "kvquant", "nf4": "nf", "f16": "uncompressed", "kvquant4:nf4": "pair"}
-    families |= {"configs/own.toml": "own", "alignedkv": "alignedkv"}
+    families |= {"configs/own.toml": "own", "int4:configs/own.toml": "pair", "alignedkv": "alignedkv"}
     assert {name: family(name) for name in families} == families
     assert "is not a preset" in cost_of("kvqant3", cache_shape(SHAPE), 1024)
 
