@@ -55,7 +55,7 @@ class Segment:
       k_recent, v_recent: `[L, B, K, R, H]`, tokens not yet sealed, as they came; R is a multiple of T.
       k_sinks, v_sinks: `[L, B, K, s, H]`.
       k_params, v_params: the codecs' fitted constants, leaves `[L, ...]`, or None.
-      dropped: `[L, B]` int32, elements of sealed blocks that saturated (`AbstractCodec.dropped`).
+      dropped: `[L, B, K]` int32, elements of sealed blocks that saturated (`AbstractCodec.dropped`).
       reads: `[L, B, n]` float32, what attention read (`kvjax.reads.FIELDS`); None unless a codec is read in part.
       k_codec, v_codec: static.
       layer_ids: the layers of the model, ascending; static.
@@ -228,7 +228,7 @@ def _allocate(
             v_sinks=dense(len(part.layer_ids), sinks),
             k_params=own(part.k_params),
             v_params=own(part.v_params),
-            dropped=jnp.zeros((len(part.layer_ids), batch), jnp.int32),
+            dropped=jnp.zeros((len(part.layer_ids), batch, shape.kv_heads), jnp.int32),
             reads=counters(part),
             k_codec=part.k_codec,
             v_codec=part.v_codec,

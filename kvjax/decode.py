@@ -263,7 +263,7 @@ def _check_range(cache: KVCache) -> None:
     for segment in cache.segments:
         if segment.reads is None or isinstance(segment.dropped, jax.core.Tracer):
             continue
-        dropped = sharding.on_host(segment.dropped).sum(0)
+        dropped = sharding.on_host(segment.dropped).sum((0, 2))
         if dropped.any():
             row = int(dropped.argmax())
             raise ValueError(

@@ -31,8 +31,8 @@ AXES = ("data", "seq", "tensor")
 RULES: dict[str, P] = {
     "sealed": P(None, "data", "seq", "tensor"),  # [L, B, N, K or 1, ...]
     "blocks": P(None, "data", None, "tensor"),  # [L, B, n, K or 1, ...]: some blocks, whole on every device of `seq`
-    "recent": P(None, "data", "tensor"),  # [L, B, K, R, H]: sinks and pending tokens too
-    "counters": P(None, "data"),  # [L, B, ...]
+    "recent": P(None, "data", "tensor"),  # [L, B, K, R, H]: sinks and pending tokens too; `dropped` is [L, B, K]
+    "counters": P(None, "data"),  # [L, B, n]: what was read
     "rows": P("data"),  # [B, ...]: lengths
     "heads": P(None, "tensor"),  # [L, K, 1, H]: fitted constants of each channel
     "whole": P(),
@@ -107,8 +107,8 @@ def segment_specs(segment: "Segment", kv_heads: int) -> "Segment":
     def params(tree: Any) -> Any:
         return jax.tree.map(lambda x: spec("heads" if x.ndim == 4 and x.shape[1] == kv_heads else "whole", x), tree)
 
-    rules = {"k": "sealed", "v": "sealed", "dropped": "counters", "reads": "counters"}
-    rules |= dict.fromkeys(("k_recent", "v_recent", "k_sinks", "v_sinks"), "recent")
+    rules = {"k": "sealed", "v": "sealed", "reads": "counters"}
+    rules |= dict.fromkeys(("k_recent", "v_recent", "k_sinks", "v_sinks", "dropped"), "recent")
     changes: dict[str, Any] = {name: specs(rule, getattr(segment, name)) for name, rule in rules.items()}
     return dataclasses.replace(segment, **changes, k_params=params(segment.k_params), v_params=params(segment.v_params))
 

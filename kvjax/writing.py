@@ -96,7 +96,7 @@ def write_layer(
     recent_tokens = jnp.maximum(length - cache.recent_start(length), 0)
     first_new = jnp.maximum(cache.sinks - length, 0)
     out: dict[str, Any] = {}
-    dropped = jnp.zeros((batch,), jnp.int32)
+    dropped = jnp.zeros(k.shape[:2], jnp.int32)
 
     for name, x in (("k", k), ("v", v)):
         codec = getattr(segment, f"{name}_codec")
@@ -122,7 +122,8 @@ def write_layer(
             )
             # What keeps its codes was counted when it was first sealed.
             fresh = full[..., None] & (jnp.arange(cache.block)[None, None] >= kept[..., None])
-            return storage, dropped + jnp.where(fresh, codec.dropped(tokens, params), 0).sum((1, 2), dtype=jnp.int32)
+            beyond = jnp.where(fresh[:, :, None], codec.dropped(tokens, params), 0)
+            return storage, dropped + beyond.sum((1, 3), dtype=jnp.int32)
 
         most = (recent.shape[2] + new_tokens) // cache.block  # static bound on the blocks that can fill
         group = min(most, _SEAL_GROUP)

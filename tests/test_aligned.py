@@ -392,7 +392,7 @@ def test_what_leaves_float16_is_an_error_that_names_the_row(model):
         decode.prefill(large, cache, tokens, [1, 32])
     cache = decode.init_cache(model, policy, batch=2, capacity=64, block=32)
     segment = cache.segments[0]
-    sealed = dataclasses.replace(segment, dropped=segment.dropped.at[1, 1].set(3))  # as a step leaves it
+    sealed = dataclasses.replace(segment, dropped=segment.dropped.at[1, 1, 0].set(3))  # as a step leaves it
     with pytest.raises(ValueError, match=message):
         decode.step(model, dataclasses.replace(cache, segments=(sealed,)), tokens[:, 0])
 

@@ -87,8 +87,8 @@ class AbstractCodec(abc.ABC):
         """
 
     def dropped(self, x: jax.Array, params: Params = None) -> jax.Array:
-        """Elements of each token of `x[..., K, T, H]` that saturate, int32 `[..., T]`."""
-        return (jnp.abs(x.astype(jnp.float32)) > self.largest).sum((-3, -1), dtype=jnp.int32)
+        """Elements of each token and head of `x[..., K, T, H]` that saturate, int32 `[..., K, T]`."""
+        return (jnp.abs(x.astype(jnp.float32)) > self.largest).sum(-1, dtype=jnp.int32)
 
     def encode(self, x: jax.Array, params: Params = None) -> Any:
         return self.pack(self.quantize(x, params))

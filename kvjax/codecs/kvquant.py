@@ -189,7 +189,7 @@ class NUQChannelCodec(_NUQCodec):
         scale, zero = self._ranges(x, params)
         outside = (jnp.abs((x - zero) / scale) > 1.0).sum(-1, dtype=jnp.int32)
         beyond = (jnp.abs(x) > self.largest).sum(-1, dtype=jnp.int32)  # the farthest of them, in slots of float16
-        return (jnp.maximum(outside - slots, 0) + jnp.minimum(beyond, slots)).sum(-2, dtype=jnp.int32)
+        return jnp.maximum(outside - slots, 0) + jnp.minimum(beyond, slots)
 
     def _offline(self, params: Params, ndim: int) -> tuple[jax.Array, jax.Array]:
         if params is None:

@@ -91,7 +91,7 @@ def test_outliers_come_back_as_float16_residuals_and_dropped_ones_saturate():
     y = np.asarray(codec.decode(codec.encode(x, params), params))
     assert abs(y[0, 0, 7] - 30.123) < 30 * 2**-11
     assert y[0, 0, 9] == params["levels"][0]
-    assert codec.dropped(x, params).tolist() == [1] + 31 * [0]
+    assert codec.dropped(x, params).tolist() == [[1] + 31 * [0]]
 
 
 def test_inlier_error_is_at_most_half_the_largest_gap():

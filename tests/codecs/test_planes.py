@@ -76,7 +76,7 @@ def test_what_exceeds_float16_saturates_and_is_counted(codec):
     x = np.zeros((2, 1, 32, 32), np.float32)
     x[1, 0, :3, 0] = (65505.0, -1e9, np.inf)
     x[0, 0, 0, 0] = 65504.0
-    np.testing.assert_array_equal(codec.dropped(x), [32 * [0], 3 * [1] + 29 * [0]])
+    np.testing.assert_array_equal(codec.dropped(x), [[32 * [0]], [3 * [1] + 29 * [0]]])
     np.testing.assert_array_equal(codec.decode(codec.encode(x))[1, 0, :3, 0], [65504, -65504, 65504])
     assert (codec.dropped(jnp.full((1, 32, 32), 1e5, jnp.bfloat16)) == 32).all()
 
