@@ -24,6 +24,7 @@ from saving_cases import SHAPE, H, K, L, mesh_of, random_cache, same_bits
 from kvjax import decode, saving
 from kvjax.model.rope import make_rope
 from kvjax.policy import preset
+from kvjax.saving.facts import FORMAT
 
 
 @pytest.fixture
@@ -188,15 +189,15 @@ def test_what_is_no_saved_cache_is_refused(tmp_path):
     saving.save_cache(random_cache("int4"), tmp_path / "future")
     metadata = tmp_path / "future" / "cache_1" / "facts" / "metadata"
     content = metadata.read_text()
-    assert '"format": 1' in content
-    metadata.write_text(content.replace('"format": 1', '"format": 7'))
+    assert f'"format": {FORMAT}' in content
+    metadata.write_text(content.replace(f'"format": {FORMAT}', '"format": 7'))
     for name, message in {
         "nowhere": "does not exist",
         "file": "is a file",
         "empty": "holds no saved cache (it has nothing)",
         "foreign": "holds no saved cache (it has 0",
         "model": "holds no saved cache (it has model_1)",
-        "future": "in format 7, and this version of kvjax reads 1",
+        "future": f"in format 7, and this version of kvjax reads {FORMAT}",
     }.items():
         with pytest.raises((ValueError, FileNotFoundError)) as error:
             saving.load_cache(tmp_path / name, SHAPE)

@@ -17,7 +17,7 @@ from kvjax.model.rope import Rope
 from kvjax.policy import Policy, SegmentPolicy
 from kvjax.sharding import on_host
 
-FORMAT = 1  # of names and meanings of leaves and facts; another one is refused
+FORMAT = 2  # of names and meanings of leaves and facts; another one is refused
 
 _CLASSES: dict[str, type] = {**CODECS, "align_rule": AlignRule}
 _NAMES = {cls: name for name, cls in _CLASSES.items()}
