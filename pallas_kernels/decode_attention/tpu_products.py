@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.tpu_codes import Encoding
 from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES
-from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Refs
+from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Refs, folded
 
 QUERY_BITS, WEIGHT_BITS = 16, 23  # with the sign
 TINY = 2.0**-100  # rather than 0, whose exponent has no inverse
@@ -149,18 +149,19 @@ class RoundedWeights:
 
     Attributes:
       rows, channels: R, H of the sums of products.
-      tokens: of a run.
     """
 
     encoding: Encoding
     rows: int
     channels: int
-    tokens: int
 
     def shapes(self) -> list[tuple[int, int]]:
-        """Of the float32 sums: products, and, where operands have an offset, the weights as they were rounded."""
+        """Of the float32 sums: products, and, where operands have an offset, the weights as they were rounded.
+
+        These are sums over tokens of a lane, which `finish` adds up.
+        """
         products = [(self.rows, self.channels)]
-        return [*products, (self.rows, self.tokens)] if self.encoding.offset else products
+        return [*products, (self.rows, LANES)] if self.encoding.offset else products
 
     def scratch(self) -> list[Any]:
         return []
@@ -173,8 +174,12 @@ class RoundedWeights:
         """
         return None
 
+    def carried(self) -> list[jax.ShapeDtypeStruct]:
+        """What `add` takes and gives, and which begins as zeros."""
+        return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in self.shapes()]
+
     def zeros(self) -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(shape, jnp.float32) for shape in self.shapes())
+        return tuple(jnp.zeros(x.shape, x.dtype) for x in self.carried())
 
     def add(self, x: jax.Array, words: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The sums plus those of weights `x[R, tokens]` float32 times codes."""
@@ -183,7 +188,7 @@ class RoundedWeights:
         for weight, operand in zip(self.encoding.weights, self.encoding.operands(words)):
             product = jnp.dot(x, operand, preferred_element_type=jnp.float32)
             products += product if weight == 1 else weight * product
-        return (products, sums[1] + x.astype(jnp.float32)) if self.encoding.offset else (products,)
+        return (products, sums[1] + folded(x.astype(jnp.float32))) if self.encoding.offset else (products,)
 
     def collect(self, refs: Refs, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Float32 sums, in `shapes`."""
@@ -212,8 +217,8 @@ class IntegerWeights(RoundedWeights):
         refs[0][...] = inverse
         return factor
 
-    def zeros(self) -> tuple[jax.Array, ...]:
-        return (jnp.zeros((4 * self.rows, self.channels), jnp.int32),)
+    def carried(self) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct((4 * self.rows, self.channels), jnp.int32)]
 
     def add(self, x: jax.Array, words: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         (operand,) = self.encoding.operands(words)
@@ -231,5 +236,5 @@ class IntegerWeights(RoundedWeights):
         return (products * splat(inverse[...], products.shape),)
 
 
-def weight_rows(encoding: Encoding, rows: int, channels: int, tokens: int) -> RoundedWeights:
-    return (IntegerWeights if encoding.integer else RoundedWeights)(encoding, rows, channels, tokens)
+def weight_rows(encoding: Encoding, rows: int, channels: int) -> RoundedWeights:
+    return (IntegerWeights if encoding.integer else RoundedWeights)(encoding, rows, channels)

@@ -12,7 +12,8 @@ then takes the run's place in the iteration (a Python integer) as an argument af
 
 The weights of a chunk's tokens are relative to the chunk's own largest score, and so are the sums that `add` carries,
 which begin at 0 with each chunk. A decoder of values may carry other numbers than its float32 sums: then it has the
-methods `zeros()`, what the chunk begins with, and `collect(refs, carried)`, the sums at its end.
+methods `zeros()`, what the chunk begins with, and `collect(refs, carried)`, the sums at its end. If it has a true
+`narrow`, the sum of weights is carried per lane of a register and not per token of a run.
 
 A decoder works on `refs`: its operands' blocks, in the order of `operands()`, and then its scratch.
 """
@@ -252,7 +253,8 @@ def _weigh(values: Any, refs: Refs, own: _Own, chunk_top: jax.Array, shrink: jax
     """Adds the chunk's weights and weighted values to the running sums."""
     plan = values.plan
     top = _columns(chunk_top, plan.run_tokens)
-    zeros = jnp.zeros((plan.rows, plan.run_tokens), jnp.float32)
+    narrow = getattr(values, "narrow", False)
+    zeros = jnp.zeros((plan.rows, LANES if narrow else plan.run_tokens), jnp.float32)
 
     def weights(run):
         return jnp.exp2(own.scores[run] - top)
@@ -263,7 +265,7 @@ def _weigh(values: Any, refs: Refs, own: _Own, chunk_top: jax.Array, shrink: jax
             p = weights(run)
             # Exact but for P's rounding to bf16, which the product with V needs anyway.
             own.scores[run] = jnp.dot(p.astype(jnp.bfloat16), own.permutation[...], preferred_element_type=jnp.float32)
-            return total + p
+            return total + (folded(p) if narrow else p)
 
         total = over_runs(plan, permute, zeros)
 
@@ -271,7 +273,7 @@ def _weigh(values: Any, refs: Refs, own: _Own, chunk_top: jax.Array, shrink: jax
         total, sums = carry
         if own.permutation is None:
             p = weights(run)
-            total = total + p
+            total = total + (folded(p) if narrow else p)
         else:
             p = own.scores[run]
         return total, values.add(refs, run, p, sums)
@@ -308,6 +310,11 @@ def read_anew(ref: Any, i: jax.Array, plan: Plan, first: int = 0, size: int | No
         return ref[first : first + size]
     zero = lax.shift_right_logical(i, jnp.int32(20)) * ref.shape[0]
     return ref[pl.ds(zero + first, size)]
+
+
+def folded(x: jax.Array) -> jax.Array:
+    """The sum `[R, 128]` of the 128 lanes of each register of `x[R, n * 128]`."""
+    return functools.reduce(jnp.add, [x[:, at : at + LANES] for at in range(0, x.shape[1], LANES)])
 
 
 def _lanes(x: jax.Array) -> jax.Array:

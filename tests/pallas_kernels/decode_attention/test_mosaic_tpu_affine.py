@@ -70,14 +70,17 @@ def test_rows_begin_anywhere():
 
 
 @pytest.mark.parametrize(
-    ("keys", "values", "blocks"),
-    # The last ones have their metadata fetched in two windows and in one that moves.
-    [("affine4-tokens32", "affine4-channels32", 11), *(("affine4-width", "affine4-channels128", n) for n in (21, 48))],
+    ("keys", "values", "blocks", "group"),
+    # The first has its sums in memory, the last ones have their metadata fetched in two windows and in one that moves.
+    [
+        ("affine4-tokens32", "affine4-channels32", 11, 16),
+        *(("affine4-width", "affine4-channels128", blocks, 4) for blocks in (21, 48)),
+    ],
 )
-def test_several_iterations_per_chunk_and_several_chunks(monkeypatch, keys, values, blocks):
+def test_several_iterations_per_chunk_and_several_chunks(monkeypatch, keys, values, blocks, group):
     monkeypatch.setattr(tpu_plan, "UNROLLED_TOKENS", 256)
     monkeypatch.setattr(tpu_plan, "CHUNK_TOKENS", 512)
-    shape = specs.Shape(1, 2, blocks, 1, 4, 128)
+    shape = specs.Shape(1, 2, blocks, 1, group, 128)
     arguments, expected = large_case(keys, values, shape, [blocks * 128, 700])
     # Not through `attend`, which may have been traced for these shapes with other sizes.
     partial = api.decode_attention(**arguments, implementation="mosaic_tpu", chip=NEW, interpret=True)
@@ -141,7 +144,7 @@ def integer_products(x, codes, largest):
     """Rows `x[8, 128]` times `codes[128, 128]` of 4 bits by bytes: as queries (transposed codes) and as weights."""
     encoding = tpu_codes.Bytes(4)
     queries = tpu_products.query_rows(encoding, 1, 8, 128)
-    weights = tpu_products.weight_rows(encoding, 8, 128, 128)
+    weights = tpu_products.weight_rows(encoding, 8, 128)
     order = encoding.order(1, 128)
     # Token order[i] at position i is to be code row i.
     words = packing.pack(jnp.asarray(codes[np.argsort(order)]), 4)[None]
