@@ -21,6 +21,7 @@ SUBLANES = 8
 CHUNK_BYTES = 2 << 20  # of keys and values per grid step, where the context is that long
 UNROLLED_TOKENS = 8192  # the scheduler overlaps this many tokens at most
 CHUNK_TOKENS = 16384  # at most, for the scores of a chunk stay in VMEM
+SLOTS_HELD = 8192  # rows x channels x slots, with so many tokens, at most
 
 
 BF16_ARITHMETIC = ("v6e", "7x")  # generations with it, and with matrix units 256 wide
@@ -156,6 +157,9 @@ def make_plan(k: Format, v: Format, group: int, chip: str, chunk_tokens: int = 0
     unit = min(max(1, width // tokens), blocks)
     if not chunk_tokens:
         chunk_tokens = min(CHUNK_BYTES * 8 // (channels * (_bits(k) + _bits(v))), CHUNK_TOKENS)
+        # Of outlier slots, words and what they add to scores stay in VMEM too (kvquant2, 16 queries, heads of 256).
+        slots = pl.cdiv(group, SUBLANES) * SUBLANES * channels * max(getattr(x, "slots", 0) for x in (k, v))
+        chunk_tokens = min(chunk_tokens, CHUNK_TOKENS * SLOTS_HELD // max(slots, SLOTS_HELD))
         # A short context is cut in at least four, so that fetching and computing overlap.
         chunk_tokens = min(chunk_tokens, max(512, blocks * tokens // 4))
     runs = max(1, min(chunk_tokens // (unit * tokens), blocks // unit))

@@ -299,14 +299,16 @@ def over_runs(plan: Plan, body, carry):
     return lax.fori_loop(0, plan.runs // plan.unroll, several, carry)
 
 
-def read_anew(ref: Any, i: jax.Array, plan: Plan, first: int = 0, size: int | None = None) -> jax.Array:
+def read_anew(
+    ref: Any, i: jax.Array, plan: Plan, first: int = 0, size: int | None = None, always: bool = False
+) -> jax.Array:
     """Rows of a constant in VMEM, for place `i` (below 2**20) of a loop.
 
     On v5 the address is the same for every `i` in a way that the compiler cannot see: otherwise it reads once for many
-    places, holds that in registers all the while, and spills. Later chips gain nothing by it.
+    places, holds that in registers all the while, and spills. Later chips gain nothing by it, unless `always`.
     """
     size = ref.shape[0] if size is None else size
-    if plan.chip in BF16_ARITHMETIC:
+    if plan.chip in BF16_ARITHMETIC and not always:
         return ref[first : first + size]
     zero = lax.shift_right_logical(i, jnp.int32(20)) * ref.shape[0]
     return ref[pl.ds(zero + first, size)]

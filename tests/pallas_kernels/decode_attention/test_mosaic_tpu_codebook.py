@@ -20,7 +20,7 @@ CASES = [
     ("kvquant4-dense", "gqa3-h128", OLD),
     ("kvquant3", "gqa4-h128-t256", NEW),
     ("kvquant3-dense", "gqa4-h128-t256", OLD),
-    ("kvquant2", "mqa16-h128", OLD),
+    ("kvquant2", "gqa16-h64", OLD),
     ("kvquant2", "gqa2-h256", NEW),
     ("kvquant2", "mqa2-h256-n96", NEW),
     ("kvquant4", "gqa4-h64", NEW),
