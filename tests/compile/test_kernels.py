@@ -40,6 +40,24 @@ def test_a_kernel_compiles_within_its_budget(on, chip, case):
     assert cost.registers <= 255 and cost.shared_bytes <= 227 * 1024
 
 
+@pytest.mark.parametrize(
+    ("storage", "chip", "group", "channels", "spills"),
+    # Many queries per kv head, and heads of 256: what needs most registers, and most of VMEM.
+    [
+        ("kvquant4", "v5e", 16, 128, 0),
+        ("kivi4", "v5e", 16, 128, 146),  # half as many tokens at once spill 36, and take 9 % more bundles
+        ("kivi4", "v6e", 16, 128, 4),
+        ("kvquant4", "v6e", 4, 256, 50),
+        ("kvquant2", "v5p", 16, 256, 120),
+    ],
+)
+def test_other_shapes_fit_a_tpu(on, storage, chip, group, channels, spills):
+    target = on(chip)
+    shape = dataclasses.replace(budget.LLAMA_3_8B, group=group, channels=channels)
+    (kernel,) = budget.compile_storage(storage, budget.LONG, target, shape).kernels.values()
+    assert kernel.spills <= spills
+
+
 @pytest.mark.parametrize(("storage", "channels"), [("kvquant4", 96), ("kvquant3", 256)])
 def test_other_head_sizes_fit_a_gpu(on, storage, channels):
     pytest.importorskip("pallas_kernels.decode_attention.mosaic_gpu")
