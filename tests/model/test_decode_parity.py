@@ -14,7 +14,7 @@ from kvjax.policy import bind, preset
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_cache_equals_transformers(variant):
-    run, model = golden(variant), variant.loaded()
+    run, model = golden(variant), variant.loaded_to_run()
     tokens, wanted = run["tokens"][None], run["logits"]
     policy = bind("f32", preset("f32"), model.config.layers)
     cache = kvjax.decode.init_cache(model, policy, batch=1, capacity=tokens.shape[1], block=32)

@@ -1,6 +1,5 @@
 """Logits equal transformers': against stored numbers everywhere, and against torch itself where it is installed."""
 
-import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -18,9 +17,7 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def our_logits(variant, length: int, tokens: bytes) -> np.ndarray:
     """[S, V]: the two tests of a variant share one run, and variants that differ in frequencies one compilation."""
     tokens = np.frombuffer(tokens, np.int32)[None, :length]
-    model = variant.loaded()
-    model = dataclasses.replace(model, rope=dataclasses.replace(model.rope, parameters=()))  # static, for saving only
-    return np.asarray(forward(model, jnp.asarray(tokens))[0])
+    return np.asarray(forward(variant.loaded_to_run(), jnp.asarray(tokens))[0])
 
 
 def check(variant, run: dict[str, np.ndarray]):

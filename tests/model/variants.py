@@ -94,6 +94,12 @@ class Variant:
         config = ModelConfig.from_transformers(self.raw)
         return LoadedModel(stack_weights(config, self.tensors().__getitem__, dtype), rope_from_config(self.raw), config)
 
+    def loaded_to_run(self):
+        """`loaded()` without the config's words for its RoPE, which only saving needs and which are static: variants
+        that differ in frequencies alone share their compiled programs."""
+        model = self.loaded()
+        return dataclasses.replace(model, rope=dataclasses.replace(model.rope, parameters=()))
+
     def torch_model(self):
         """transformers' model in float32 with the same weights; a fresh one, since dynamic RoPE keeps state."""
         import torch
