@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_attention import formats, heads, reference, specs
+from pallas_kernels.decode_attention import formats, heads, specs
 from pallas_kernels.joined import heads_to_join
 
 EMPTY = float(np.float32(-1e30))
@@ -72,19 +72,9 @@ def planes(x: formats.Planes, layer: int) -> np.ndarray:
 
 def attend(q, k, v, layer, first, last, position=None, theta=10000.0, stride=1):
     """Output `[B, K, G, H]` and log of the sum of exp(score) `[B, K, G]`; zeros and -inf where nothing is seen."""
-    q = np.asarray(q, np.float64)
-    keys, values = (np.moveaxis(dequantize(x, layer), 2, 1) for x in (k, v))
-    B, K, N, T, H = keys.shape
-    keys, values = keys.reshape(B, K, N * T, H), values.reshape(B, K, N * T, H)
-    token = np.arange(N * T)
-    if position is not None:
-        inv_freq = np.asarray(theta ** (-np.arange(0, H, 2) / H), np.float32).astype(np.float64)
-        place = token + token // T * T * (stride - 1)  # other devices hold the blocks between
-        keys = rotate(keys, place[:, None] * inv_freq)
-        q = rotate(q, (np.asarray(position)[:, None] * inv_freq)[:, None, None])
+    q, keys, values = operands(np.float64, q, k, v, layer, position, theta, stride)
     scores = np.einsum("bkgh,bkth->bkgt", q, keys)
-    seen = ((token >= np.asarray(first)[:, None]) & (token < np.asarray(last)[:, None]))[:, None, None]
-    scores = np.where(seen, scores, -np.inf)
+    scores = np.where(visible(keys, first, last), scores, -np.inf)
     top = np.where(np.isfinite(scores.max(-1)), scores.max(-1), 0.0)
     p = np.exp(scores - top[..., None])
     total = p.sum(-1)
@@ -92,29 +82,42 @@ def attend(q, k, v, layer, first, last, position=None, theta=10000.0, stride=1):
         return np.einsum("bkgt,bkth->bkgh", p, values) / np.maximum(total, 1e-300)[..., None], np.log(total) + top
 
 
+def operands(dtype, q, k, v, layer, position=None, theta=10000.0, stride=1):
+    """Queries `[B, K, G, H]`, keys and values `[B, K, N * T, H]` of a layer, rotated, in `dtype`."""
+    k, v = jax.tree.map(np.asarray, (k, v))  # else every index of an array is compiled
+    q = np.asarray(q, dtype)
+    keys, values = (np.moveaxis(dequantize(x, int(layer)), 2, 1).astype(dtype) for x in (k, v))
+    B, K, N, T, H = keys.shape
+    keys, values = keys.reshape(B, K, N * T, H), values.reshape(B, K, N * T, H)
+    if position is not None:
+        inv_freq = np.asarray(theta ** (-np.arange(0, H, 2) / H), np.float32).astype(dtype)
+        token = np.arange(N * T)
+        place = token + token // T * T * (stride - 1)  # other devices hold the blocks between
+        keys = rotate(keys, place.astype(dtype)[:, None] * inv_freq)
+        q = rotate(q, (np.asarray(position, dtype)[:, None] * inv_freq)[:, None, None])
+    return q, keys, values
+
+
+def visible(keys, first, last):
+    """`[B, 1, 1, N * T]`: the tokens that each row sees."""
+    token, first, last = np.arange(keys.shape[2]), np.asarray(first)[:, None], np.asarray(last)[:, None]
+    return ((token >= first) & (token < last))[:, None, None]
+
+
 def low_precision(arguments, dtype) -> formats.Partial:
     """The plain evaluation that kernels are measured by: q, K, V and P rounded to `dtype`, sums in float32."""
 
     def rounded(x):
-        return x.astype(dtype).astype(jnp.float32)
+        return x.astype(dtype).astype(np.float32)
 
-    q, layer, rotation = arguments["q"], arguments["layer"], arguments["rotation"]
-    keys, values = (reference.dequantize(arguments[x], layer).swapaxes(1, 2) for x in "kv")
-    B, K, N, T, H = keys.shape
-    keys, values = (x.reshape(B, K, N * T, H) for x in (keys, values))
-    token = jnp.arange(N * T, dtype=jnp.int32)
-    if rotation is not None:
-        keys = reference.rotate(keys, *(x[None, None] for x in rotation.angles(rotation.place(token, T))))
-        q = reference.rotate(q, *(x[:, None, None] for x in rotation.angles(rotation.position)))
-    scores = jnp.einsum("bkgh,bkth->bkgt", rounded(q), rounded(keys), precision="highest")
-    first, last = (arguments[x][:, None, None, None] for x in ("first", "last"))
-    token = token[None, None, None]
-    seen = (token >= first) & (token < last)
-    top = jnp.where(seen, scores, EMPTY).max(-1)
-    p = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
-    return formats.Partial(
-        jnp.einsum("bkgt,bkth->bkgh", rounded(p), rounded(values), precision="highest"), top, p.sum(-1)
-    )
+    rotation = arguments["rotation"]
+    turned = {} if rotation is None else {"position": rotation.position, "stride": rotation.stride}
+    q, keys, values = operands(np.float32, *(arguments[x] for x in ("q", "k", "v", "layer")), **turned)
+    scores = rounded(q) @ rounded(keys).swapaxes(-1, -2)
+    seen = visible(keys, arguments["first"], arguments["last"])
+    top = np.where(seen, scores, np.float32(EMPTY)).max(-1)
+    p = np.where(seen, np.exp(scores - top[..., None]), np.float32(0.0))
+    return formats.Partial(rounded(p) @ rounded(values), top, p.sum(-1))
 
 
 def rotate(x, angle):

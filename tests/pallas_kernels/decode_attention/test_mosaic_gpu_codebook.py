@@ -78,12 +78,24 @@ def test_loads_from_tables_decode_every_field_exactly(bits):
                 np.testing.assert_array_equal(got, levels[which, code].astype(np.float16))
 
 
+def run(arguments, splits):
+    arguments = dict(arguments)
+    kernel = functools.partial(
+        mosaic_gpu.decode_attention,
+        rotation=arguments.pop("rotation"),
+        chip="sm_90",
+        interpret=plgpu.InterpretGPUParams(),
+        splits=splits,
+    )
+    return jax.jit(kernel)(**arguments)
+
+
 @functools.cache
 def errors(storage, shape, lengths):
     """Errors of the interpreted kernel and of the plain float16 evaluation."""
     arguments, expected = kernel_cases.case(storage, shape, lengths)
     # Splits of one chunk and of none: those are merged too.
-    got = mosaic_gpu.decode_attention(**arguments, chip="sm_90", interpret=plgpu.InterpretGPUParams(), splits=2)
+    got = run(arguments, splits=2)
     plain = kernel_cases.low_precision(arguments, jnp.float16)
     return kernel_cases.errors(got, expected), kernel_cases.errors(plain, expected)
 
@@ -105,8 +117,7 @@ def test_error_is_about_twice_the_plain_one():
 @pytest.mark.parametrize("stride", [1, 3])
 def test_first_tokens_are_hidden(stride):
     arguments, expected = kernel_cases.case("kvquant4-dense", "mqa16-h64", "T+1,full", 100, stride)
-    got = mosaic_gpu.decode_attention(**arguments, chip="sm_90", interpret=plgpu.InterpretGPUParams(), splits=1)
-    assert max(kernel_cases.errors(got, expected)) < 1e-2
+    assert max(kernel_cases.errors(run(arguments, splits=1), expected)) < 1e-2
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,12 @@ CASES = [
 
 @functools.partial(jax.jit, static_argnames=("chip", "interpret"))
 def attend(q, k, v, layer, first, last, *, chip, interpret=True):
-    return api.decode_attention(
-        q, k, v, layer=layer, first=first, last=last, implementation="mosaic_tpu", chip=chip, interpret=interpret
-    )
+    stored = kernel_cases.joined({"q": q, "k": k, "v": v, "rotation": None})
+    rows = {"layer": layer, "first": first, "last": last}
+    return api.decode_attention(**stored, **rows, implementation="mosaic_tpu", chip=chip, interpret=interpret)
 
 
 def run(arguments, **kwargs):
-    arguments = kernel_cases.joined(arguments)
     return attend(*(arguments[x] for x in ("q", "k", "v", "layer", "first", "last")), **kwargs)
 
 
@@ -83,7 +82,8 @@ def test_several_iterations_per_chunk_and_several_chunks(monkeypatch, keys, valu
     shape = specs.Shape(1, 2, blocks, 1, group, 128)
     arguments, expected = large_case(keys, values, shape, [blocks * 128, 700])
     # Not through `attend`, which may have been traced for these shapes with other sizes.
-    partial = api.decode_attention(**arguments, implementation="mosaic_tpu", chip=NEW, interpret=True)
+    attend = functools.partial(api.decode_attention, implementation="mosaic_tpu", chip=NEW, interpret=True)
+    partial = jax.jit(attend)(**arguments)
     error, log_error = kernel_cases.errors(partial, expected)
     plain = kernel_cases.errors(kernel_cases.low_precision(arguments, jnp.bfloat16), expected)
     assert error <= 2 * plain[0] and log_error <= 2 * plain[1]

@@ -36,22 +36,13 @@ def small_graphs(monkeypatch):
 
 @functools.partial(jax.jit, static_argnames=("shape", "chip", "interpret", "stride"))
 def attend(q, k, v, layer, first, last, position, *, shape, chip, interpret, stride):
-    return api.decode_attention(
-        q,
-        k,
-        v,
-        layer=layer,
-        first=first,
-        last=last,
-        rotation=dataclasses.replace(specs.rotation(specs.SHAPES[shape], position), stride=stride),
-        implementation="mosaic_tpu",
-        chip=chip,
-        interpret=interpret,
-    )
+    rotation = dataclasses.replace(specs.rotation(specs.SHAPES[shape], position), stride=stride)
+    stored = kernel_cases.joined({"q": q, "k": k, "v": v, "rotation": rotation})
+    rows = {"layer": layer, "first": first, "last": last}
+    return api.decode_attention(**stored, **rows, implementation="mosaic_tpu", chip=chip, interpret=interpret)
 
 
 def run(arguments, shape, chip, interpret=True):
-    arguments = kernel_cases.joined(arguments)
     operands = (arguments[x] for x in ("q", "k", "v", "layer", "first", "last"))
     rotation = arguments["rotation"]
     return attend(*operands, rotation.position, shape=shape, chip=chip, interpret=interpret, stride=rotation.stride)
