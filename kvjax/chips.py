@@ -125,12 +125,27 @@ def tiled_bytes(shape: tuple[int, ...], itemsize: int) -> int:
     if len(shape) < 2:
         count = math.prod(shape)
         return max(512, itemsize * _up(count, min(1024, _power(count))))
-    count = math.prod(shape)
-    least = min(
-        count // (shape[lane] * shape[row]) * _up(shape[lane], 128) * _up(shape[row], _rows(shape[row], itemsize))
-        for lane, row in itertools.permutations(range(len(shape)), 2)
-    )
-    return max(512, itemsize * least)
+    return max(512, itemsize * _padded(shape, itemsize, *_tile_axes(shape, itemsize)))
+
+
+def tiled_order(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The axes of such an array from major to minor: those of its tiles are the last two, the others as they are."""
+    if len(shape) < 2:
+        return tuple(range(len(shape)))
+    lane, row = _tile_axes(shape, itemsize)
+    return *(axis for axis in range(len(shape)) if axis not in (lane, row)), row, lane
+
+
+def _tile_axes(shape: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """The axes of a tile's lanes and rows; of those that pad alike the later ones, as XLA chooses."""
+    pairs = itertools.permutations(reversed(range(len(shape))), 2)
+    return min(pairs, key=lambda pair: _padded(shape, itemsize, *pair))
+
+
+def _padded(shape: tuple[int, ...], itemsize: int, lane: int, row: int) -> int:
+    """Elements, padding included."""
+    rest = math.prod(size for axis, size in enumerate(shape) if axis not in (lane, row))
+    return rest * _up(shape[lane], 128) * _up(shape[row], _rows(shape[row], itemsize))
 
 
 def _rows(size: int, itemsize: int) -> int:

@@ -10,7 +10,7 @@ from cases import make_policy
 
 from kvjax import decode, sharding
 from kvjax.cache import CacheShape
-from kvjax.chips import CHIPS, Chip, parse_devices, tiled_bytes
+from kvjax.chips import CHIPS, Chip, parse_devices, tiled_bytes, tiled_order
 from kvjax.model.config import ModelConfig
 from kvjax.model.known import KNOWN, model_config
 from kvjax.model.rope import make_rope
@@ -155,6 +155,12 @@ def test_tiles_of_a_tpu_by_hand():
     assert tiled_bytes((1,), 4) == tiled_bytes((), 4) == 512
     assert tiled_bytes((300,), 4) == 2048
     assert tiled_bytes((2, 0, 128), 2) == 0
+    assert tiled_order((32, 1, 1024, 8, 16, 128), 4) == (0, 1, 2, 3, 4, 5)
+    # Two rows of bytes fill no words; eight heads do.
+    assert tiled_order((32, 1, 1024, 8, 2, 128), 1) == (0, 1, 2, 4, 3, 5)
+    assert tiled_order((32, 1, 1024, 1, 128), 2) == (0, 1, 3, 2, 4)  # rows of 1,024 blocks
+    assert tiled_order((32, 4), 4) == (1, 0)
+    assert tiled_order((300,), 4) == (0,)
 
 
 def test_devices():

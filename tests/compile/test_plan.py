@@ -11,24 +11,27 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kvjax.chips import CHIPS, tiled_bytes
+from kvjax.chips import CHIPS, tiled_bytes, tiled_order
 from pallas_kernels import deviceless
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = {1: jnp.uint8, 2: jnp.bfloat16, 4: jnp.float32}
-# Kinds of leaves: words, rows shared by the heads, slots, rings, weights, constants; whole tiles and others.
+# Kinds of leaves: words, rows shared by the heads, slots, planes, rings, weights, constants; whole tiles and others.
 LEAVES = [
     ((2, 1, 64, 8, 8, 128), 4), ((2, 1, 51, 3, 12, 96), 4), ((2, 1, 64, 8, 1, 128), 2), ((2, 1, 51, 1, 128), 2),
-    ((2, 1, 51, 8, 2, 128), 1), ((2, 1, 51, 1, 2, 256), 2), ((2, 1, 8, 128, 80), 2), ((2, 1, 4, 1, 128), 2),
+    ((2, 1, 51, 8, 2, 128), 1), ((2, 1, 51, 1, 2, 256), 2), ((2, 1, 64, 2, 2, 128), 1), ((2, 1, 20, 1, 256), 2),
+    ((2, 3, 64, 1, 1, 128), 2), ((2, 1, 64, 8, 128, 32), 4), ((2, 1, 8, 128, 80), 2), ((2, 1, 4, 1, 128), 2),
     ((2, 100, 1, 1, 128), 2), ((400, 96), 2), ((32, 4), 4), ((32, 3, 1, 128), 4), ((2, 1), 4), ((300,), 4), ((3,), 4),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_arrays_are_padded_as_the_compiler_pads_them(on, chip):
+def test_arrays_are_laid_out_as_the_compiler_lays_them_out(on, chip):
     arrays = tuple(jax.ShapeDtypeStruct(shape, NUMBERS[size]) for shape, size in LEAVES)
-    compiled = deviceless.compile(lambda *xs: [x.reshape(-1)[:1] for x in xs], arrays, on(chip))
+    compiled = deviceless.compile(jax.jit(lambda *xs: jnp.int32(0), keep_unused=True), arrays, on(chip))
     assert compiled.memory.argument == sum(tiled_bytes(shape, size) for shape, size in LEAVES)
+    orders = [held.layout.major_to_minor for held in compiled.executable.input_formats[0]]
+    assert orders == [tiled_order(shape, size) for shape, size in LEAVES]
 
 
 def confirm(tmp_path, **case):
