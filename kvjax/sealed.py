@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax import fused, striped
+from kvjax import fused, places, striped
 from kvjax.cache import KVCache, Segment
 from kvjax.model.rope import cos_sin, rotate
 from kvjax.queries import Queries, in_window
 from kvjax.softmax import Partial, empty_partial, merge, softmax_part
 from kvjax.striped import Stripe
-from kvjax.writing import row_major
 
 CHUNK_TOKENS = 512  # sealed tokens decoded at a time: what fits a core's cache
 
@@ -59,7 +58,8 @@ def in_chunks(cache: KVCache, segment: Segment, layer: Any, qs: Queries, stripe:
         def take(leaf):
             # One slice for layer and chunk: `leaf[layer]` alone would be hoisted and copy a layer.
             at = (layer, 0, start) + (0,) * (leaf.ndim - 3)
-            return row_major(jax.lax.dynamic_slice(leaf, at, (1, leaf.shape[1], per_chunk, *leaf.shape[3:])))[0]
+            here = jax.lax.dynamic_slice(leaf, at, (1, leaf.shape[1], per_chunk, *leaf.shape[3:]))
+            return places.like(here, leaf, cache.target)[0]
 
         block = start + jnp.arange(per_chunk, dtype=jnp.int32)
         base = cache.sinks + stripe.number(block) * T

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from kvjax import places, striped
+from kvjax import places, sharding, striped
 from kvjax.cache import KVCache, Segment
 from kvjax.codecs.base import AbstractCodec
 from kvjax.striped import SpreadTokens
+from kvjax.targets import split
 
 # Blocks encoded at a time: bounds the float32 temporaries of sealing a long prompt.
 _SEAL_GROUP = 16
@@ -39,11 +39,6 @@ def span(
     return jnp.where((index < old_tokens[:, None])[:, None, :, None], pick(old, index), from_new)
 
 
-def row_major(x: jax.Array) -> jax.Array:
-    """`x` in the layout of an array that is passed in, whatever XLA would choose for what computes or reads it."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-
 def _put(codec: AbstractCodec, cache: KVCache, storage: Any, layer: Any, at: jax.Array, block: Any, full, kept) -> Any:
     """Puts new blocks, leaves `[B, n, ...]`, at `at[B, n]` of a layer's storage where they are `full[B, n]`.
 
@@ -55,7 +50,7 @@ def _put(codec: AbstractCodec, cache: KVCache, storage: Any, layer: Any, at: jax
       cache: for its settings.
     """
     rows, count = at.shape
-    block = jax.tree.map(row_major, block)
+    block = jax.tree.map(lambda x, leaf: places.like(x[None], leaf, cache.target)[0], block, storage)
 
     def one(i, storage):
         row, n = i // count, i % count
@@ -182,8 +177,28 @@ def write(cache: KVCache, k: jax.Array, v: jax.Array, counts: jax.Array) -> KVCa
         def without(segment, ks=ks, vs=vs):
             return _write_recent(cache, segment, ks, vs, fitting)
 
-        segments.append(jax.lax.cond(seals, with_seal, without, segment))
+        segments.append(_as_stored(cache, jax.lax.cond(seals, with_seal, without, segment)))
     return advance_lengths(dataclasses.replace(cache, segments=tuple(segments)), counts)
+
+
+def _as_stored(cache: KVCache, segment: Segment) -> Segment:
+    """The segment, its sealed blocks in the layout of an argument.
+
+    On TPU what leaves a conditional has another, and so has a loop that carries it: prefill copied outlier slots.
+    """
+    if split(cache.target)[0] != "tpu":
+        return segment
+
+    def pin(storage: Any) -> Any:
+        return jax.tree.map(lambda leaf: places.as_stored(leaf, cache.target), storage)
+
+    def on_devices(storage: Any) -> Any:
+        if cache.mesh is None:
+            return pin(storage)
+        specs = sharding.specs("sealed", storage)
+        return striped.manual(pin, cache.mesh, (specs,), specs)(storage)
+
+    return dataclasses.replace(segment, k=on_devices(segment.k), v=on_devices(segment.v))
 
 
 def take_layers(x: jax.Array, layer_ids: tuple[int, ...]) -> jax.Array:
