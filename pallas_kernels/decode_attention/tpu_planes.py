@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention import tpu_planes_kernel
+from pallas_kernels.decode_attention import tpu_planes_kernel, tpu_planes_unpack
 from pallas_kernels.decode_attention.formats import Format, Partial, Planes, shape_of
 
 # By the least tokens of the context: a unit costs about 150 bundles beside its tokens, and is read to the level of the
@@ -98,7 +98,8 @@ def attend_in_part(
     # Rows that pad the group must not ask for anything.
     known = jnp.pad(known, ((0, 0), (0, 0), (0, rows - G)), constant_values=-tpu_planes_kernel.EMPTY)
     known = jnp.broadcast_to(known[..., None], (B, K, rows, _LANES))
-    q = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, 0), (0, rows - G), (0, 0)))
+    bf16 = chip in ("v6e", "7x")
+    q = jnp.pad(q.astype(jnp.float32) / tpu_planes_unpack.scale(bf16), ((0, 0), (0, 0), (0, rows - G), (0, 0)))
     # reduce_precision, for XLA may take a conversion to bfloat16 and back for nothing.
     high = jax.lax.reduce_precision(q, 8, 7)
     q = jnp.concatenate([high, q - high], axis=2).astype(jnp.bfloat16)
@@ -111,7 +112,7 @@ def attend_in_part(
     buffers = [pltpu.VMEM((2, per_chunk, size, *p.shape[-2:]), jnp.uint32) for p in k_planes]
     semaphores = pltpu.SemaphoreType.DMA((2, per_chunk, 3))
     statistic = pltpu.VMEM((rows, _LANES), jnp.float32)
-    kernel = functools.partial(tpu_planes_kernel.run, blocks=N, tokens=T, online=online, bf16=chip in ("v6e", "7x"))
+    kernel = functools.partial(tpu_planes_kernel.run, blocks=N, tokens=T, online=online, bf16=bf16)
     acc, top, total, read = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -6,11 +6,14 @@ One operation on a word therefore works on two values, and a finished pair of bf
 come out in the order of `token_order`: the same for keys and values, which is all that attention asks for.
 
 A float16 of which 12 bits are read, and the rest filled, is a bfloat16: 6 bits of mantissa and the 1 of the filling.
-With all 16 it is the sum of two (`hi`, `lo`), each exact, and costs a second product.
+With all 16 it is a sum of several, each exact, and deepens the product. Exponent 31 is taken for a number like the
+others, not as an infinity or NaN.
 
 Exponent 0. Rebiased by an addition like all others, a subnormal m * 2^-24 becomes y = 2^-15 (1 + m/1024). The least of
-y and 2y - 2^-14 is right for it, and is y for all others. Exponent 31 is taken for a number like the others, not as an
-infinity or NaN.
+y and 2y - 2^-14 is right for it, and is y for all others: so on chips that have bfloat16 arithmetic. v5 does not, and
+float32 would take the two values of a word one by one. There integers raise exponent 0 to 1, and a second term takes
+off the 2^-14 that this adds; the matrix units have the time. All terms are 2^15 times as large: what is taken off is
+a single bit, that of 2.0.
 """
 
 import jax
@@ -19,7 +22,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 _REBIAS = 127 - 15
 _SMALLEST = 2.0**-14  # normal float16
-_HIGH = 0xFFFF0000
+_SCALE_BITS = 15
+
+
+def scale(bf16: bool) -> float:
+    """How many times as large as what is stored `tiles` are: a power of 2."""
+    return 1.0 if bf16 else 2.0**_SCALE_BITS
 
 
 def token_order(position: jax.Array, tokens: int) -> jax.Array:
@@ -32,7 +40,7 @@ def token_order(position: jax.Array, tokens: int) -> jax.Array:
 
 
 def tiles(planes: list[jax.Array], level: int, bf16: bool) -> list[jax.Array]:
-    """Values `[T, H]` bfloat16 whose sum is the block read at `level` (1 to 3).
+    """Terms `[T, H]` bfloat16 whose sum is `scale` times the block read at `level` (1 to 3).
 
     Args:
       planes: the first `level` planes, uint32 `[T * b / 32, H]`.
@@ -56,20 +64,31 @@ def _piece(planes: list[jax.Array], piece: int, level: int, bf16: bool) -> list[
     magnitude, sign = magnitude & _both(0x0FE0), sign & _both(0x8000)
     if level > 1:
         magnitude = magnitude | (_shift(rest[0], 1 - 4 * piece) & _both(0x001E))
-    if level < 3 or bf16:
-        filled = {1: 16, 2: 1, 3: 0}[level]
-        bits = magnitude + _both(_REBIAS << 7 | filled)
-        if not bf16:
-            return [_join(*(_bits(_subnormal(_float(half))) for half in (bits << _u(16), bits & _u(_HIGH)))) | sign]
-        upper = [_pairs(_subnormal(_pair(bits))) | sign]
-        return upper if level < 3 else [*upper, _last_bits(bits, rest[1], piece) | sign]
-    last = rest[1]
-    low = magnitude << _u(16) | (_shift(last, 13 - 4 * piece) & _u(0x0001E000))
-    high = magnitude & _u(_HIGH) | (_shift(last, -3 - 4 * piece) & _u(0x0001E000))
-    exact = [_subnormal(_float(half + _u(_REBIAS << 23))) for half in (low, high)]
-    upper = [_bits(x) & _u(_HIGH) for x in exact]
-    lower = [_bits(x - _float(bits)) for x, bits in zip(exact, upper)]
-    return [_join(*upper) | sign, _join(*lower) | sign]
+    filled = {1: 16, 2: 1, 3: 0}[level]
+    if not bf16:
+        return _integer_terms(magnitude | sign, filled, rest[1:], piece)
+    bits = magnitude + _both(_REBIAS << 7 | filled)
+    upper = [_pairs(_subnormal(_pair(bits))) | sign]
+    return upper if level < 3 else [*upper, _last_bits(bits, rest[1], piece) | sign]
+
+
+def _integer_terms(x: jax.Array, filled: int, last: list[jax.Array], piece: int) -> list[jax.Array]:
+    """Terms made by integer operations alone, from sign, exponent and 6 bits of mantissa in a bfloat16's place.
+
+    Args:
+      filled: in place of what is not read.
+      last: the last plane, where it is read. Its first bit is the seventh of the first term's mantissa; the others are
+        the difference of two numbers of that term's exponent, times 2^-7.
+    """
+    if last:
+        x = x | (_shift(last[0], -3 - 4 * piece) & _both(1))
+    # The opposite sign, and 2.0 where the exponent is 0: bit 14 stays where no more than a mantissa is subtracted.
+    less = (_both(0xC07F) - x) & _both(0xC000)
+    upper = x + _both((_REBIAS + _SCALE_BITS) << 7 | filled) + ((less >> _u(7)) & _both(0x0080))
+    if not last:
+        return [upper, less]
+    one = (upper & _both(0xFF80)) - _both(7 << 7)
+    return [upper, less, one | (_shift(last[0], 4 - 4 * piece) & _both(0x0070)), one ^ _both(0x8000)]
 
 
 def _last_bits(bits: jax.Array, last: jax.Array, piece: int) -> jax.Array:
@@ -85,11 +104,6 @@ def _subnormal(x: jax.Array) -> jax.Array:
     return jnp.minimum(x, x + x - jnp.asarray(_SMALLEST, x.dtype))
 
 
-def _join(low: jax.Array, high: jax.Array) -> jax.Array:
-    """Two float32 that are bfloat16 numbers, as a pair."""
-    return low >> _u(16) | high
-
-
 def _pair(bits: jax.Array) -> jax.Array:
     """uint32 `[R, H]` as bfloat16 `[2 R, H]`, and back."""
     return pltpu.bitcast(bits, jnp.bfloat16)
@@ -101,14 +115,6 @@ def _pairs(x: jax.Array) -> jax.Array:
 
 def _shift(x: jax.Array, left: int) -> jax.Array:
     return x << _u(left) if left > 0 else x >> _u(-left)
-
-
-def _float(bits: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint32)
 
 
 def _both(x: int) -> jax.Array:

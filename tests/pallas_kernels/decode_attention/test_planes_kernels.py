@@ -66,7 +66,7 @@ def test_every_float16_is_unpacked_exactly(bf16):
 
         def kernel(*refs, level=level):
             parts = tpu_planes_unpack.tiles([ref[...] for ref in refs[:level]], level, bf16)
-            refs[-1][...] = sum(part.astype(jnp.float32) for part in parts)
+            refs[-1][...] = sum(part.astype(jnp.float32) for part in parts) / tpu_planes_unpack.scale(bf16)
 
         out = jax.ShapeDtypeStruct((512, 128), jnp.float32)
         got = np.asarray(pl.pallas_call(kernel, out_shape=out, interpret=True)(*planes[:level]))
