@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import attention as _attention
-from kvjax import checks, sharding
+from kvjax import checks
 from kvjax import writing as _writing
 from kvjax.cache import KVCache
 
@@ -21,8 +21,8 @@ from kvjax.cache import KVCache
 def append(cache: KVCache, layer: Any, k: jax.Array, v: jax.Array, counts: Any = None) -> KVCache:
     """Adds new tokens of one layer; they are seen by `attend` and stored by `advance`.
 
-    Until `advance` the tokens of all layers wait exactly in `cache.pending`. Its token axis is S, and 1 before the
-    first layer: a `scan` or `while_loop` over layers needs S=1, one over calls may have any.
+    Until `advance` the tokens of all layers wait exactly in `cache.pending`. Its token axis is S: inside a `scan` or
+    `while_loop` over calls every call must have the same S (1 after `init_cache`).
 
     Args:
       layer: index in the model, traced or not.
@@ -148,13 +148,4 @@ def _advance(cache, counts):
     if not pre_rope.all():
         rotated = jax.vmap(lambda k: _attention.rotate_tokens(cache.shape, k, position, cache.length + counts))(k)
         k = jnp.where(pre_rope[:, None, None, None, None], k, rotated) if pre_rope.any() else rotated
-    return _emptied(_writing.write(cache, k, v, counts))
-
-
-def _emptied(cache: KVCache) -> KVCache:
-    """With `pending` in the shape that `init_cache` gives it: a compiled step is the same one after any call."""
-    pending = tuple(x[:, :, :, :1] for x in cache.pending)
-    if cache.mesh is not None:
-        shardings = sharding.cache_shardings(cache).pending
-        pending = jax.lax.with_sharding_constraint(pending, shardings)
-    return dataclasses.replace(cache, pending=(pending[0], pending[1]))
+    return _writing.write(cache, k, v, counts)

@@ -93,14 +93,8 @@ def check(mesh: Mesh, *, batch: int, kv_heads: int) -> None:
 
 
 def spec(rule: str, leaf: Any) -> P:
-    """The rule for an array: axes of size 1 are not split, nor is anything behind the array's last axis.
-
-    Nothing is said behind the last axis that is split, as in what XLA returns: the same words are the same to `jit`.
-    """
-    axes = [axis if size > 1 else None for axis, size in zip(RULES[rule], leaf.shape)]
-    while axes and axes[-1] is None:
-        axes.pop()
-    return P(*axes)
+    """The rule for an array: axes of size 1 are not split, nor is anything behind the array's last axis."""
+    return P(*(axis if size > 1 else None for axis, size in zip(RULES[rule], leaf.shape)))
 
 
 def specs(rule: str, tree: Any) -> Any:
@@ -132,14 +126,9 @@ def _on(mesh: Mesh, tree: Any) -> Any:
 
 
 def cache_shardings(cache: "KVCache") -> "KVCache":
-    """A cache of NamedShardings, one for each array of `cache`, which has a mesh.
-
-    XLA returns an array without elements whole, whatever it is told; so it is here, else every function that takes a
-    cache would be compiled for a new one and again for what it returns.
-    """
+    """A cache of NamedShardings, one for each array of `cache`, which has a mesh."""
     assert cache.mesh is not None
-    found = jax.tree.map(lambda x, s: s if math.prod(x.shape) else P(), cache, cache_specs(cache))
-    return _on(cache.mesh, found)
+    return _on(cache.mesh, cache_specs(cache))
 
 
 def placed(cache: "KVCache") -> "KVCache":

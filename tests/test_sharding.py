@@ -68,12 +68,9 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize(("name", "shape"), FAMILIES.items())
-def test_the_same_keys_and_values_give_the_same_bits_and_outputs(name, shape, caplog):
-    with jax.log_compiles():
-        wanted, plain = fed(name, None)
-        got, cache = fed(name, sharding.make_mesh(MESHES[shape]))
-    # Here and there, of 40 tokens and of one: a step is the same program after any call.
-    assert sum("Finished XLA compilation of jit(feed)" in line for line in caplog.messages) == 4
+def test_the_same_keys_and_values_give_the_same_bits_and_outputs(name, shape):
+    wanted, plain = fed(name, None)
+    got, cache = fed(name, sharding.make_mesh(MESHES[shape]))
     for a, b in zip(got, wanted):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
     for row in range(2):

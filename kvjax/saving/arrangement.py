@@ -48,6 +48,5 @@ def _placed(x: jax.ShapeDtypeStruct, cache: KVCache) -> jax.ShapeDtypeStruct:
     if cache.mesh is None:
         return x
     axes = list(sharding.spec("sealed", x))
-    if len(axes) > 3 and x.shape[3] % cache.mesh.shape["tensor"]:
-        axes[3] = None
+    axes[3] = axes[3] if x.shape[3] % cache.mesh.shape["tensor"] == 0 else None
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(cache.mesh, jax.sharding.PartitionSpec(*axes)))
