@@ -37,6 +37,10 @@ from pallas_kernels.decode_attention.formats import (
     shape_of,
 )
 
+# Tokens of capacity from which attention on CPU is compiled by numba, where that is installed: it takes some seconds to
+# compile, which short contexts do not give back.
+NATIVE_TOKENS = 4096
+
 # (storage type, platform) -> implementation; the kernel's own `check` has the last word on shapes and chips.
 _KERNELS: dict[str, api.Implementation] = {"cpu": "xla_cpu", "gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 FAST: dict[tuple[type, str], api.Implementation] = {
@@ -156,6 +160,8 @@ def _choose(cache: KVCache, segment: Segment, target: str | None = None) -> tupl
         raise NotImplementedError("dynamic RoPE turns every row by other angles")
     k, v = formats(segment)
     group = cache.shape.q_heads // cache.shape.kv_heads
+    if name == "xla_cpu" and cache.capacity >= NATIVE_TOKENS and api.installed("numba_cpu"):
+        name = "numba_cpu"
     api.check(k, v, group, name, chip, segment.k_codec.pre_rope)
     if isinstance(k, Planes) or isinstance(v, Planes):
         k, v = _in_runs(cache, name, k, v)
@@ -262,7 +268,8 @@ def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -
         what = f"keys {segment.k_codec.describe()}, values {segment.v_codec.describe()}"
         try:
             chosen_name, k, _ = _choose(cache, segment, platform)
-            path = f"{chosen_name} in decode steps{_together(segment, k)}, reference (chunked jnp) in prefill"
+            hint = _faster(cache, chosen_name)
+            path = f"{chosen_name} in decode steps{_together(segment, k)}{hint}, reference (chunked jnp) in prefill"
         except NotImplementedError as reason:
             path = f"reference (chunked jnp), {reason}"
             slow.append(f"{name}: {reason}")
@@ -270,6 +277,13 @@ def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -
     if strict and slow:
         raise NotImplementedError(f"strict: the reference would run for {'; '.join(slow)}; drop `strict` to allow it.")
     return "\n".join(lines)
+
+
+def _faster(cache: KVCache, name: api.Implementation) -> str:
+    """What would make decode steps faster, where something is missing."""
+    if name != "xla_cpu" or cache.capacity < NATIVE_TOKENS:
+        return ""
+    return " (numba_cpu is faster: install the extra `cpu`)"
 
 
 def _together(segment: Segment, k: Format) -> str:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import make_policy, random_kv
 from kernel_cases import rotate
 
 import kvjax
@@ -17,7 +18,10 @@ from kvjax.codecs.affine import AffineBlock
 from kvjax.codecs.identity import DenseBlock
 from kvjax.codecs.kvquant import NUQBlock
 from kvjax.model.rope import make_rope
+from kvjax.policy import preset
+from kvjax.sharding import make_mesh
 from kvjax.striped import Stripe
+from pallas_kernels.decode_attention import api
 from pallas_kernels.decode_attention.formats import shape_of
 from pallas_kernels.decode_attention.reference import dequantize
 
@@ -156,6 +160,47 @@ def test_what_has_no_kernel_says_why(model, quant, reason):
         decode.explain(cache, strict=True)
 
 
+@pytest.fixture
+def on_cpu(monkeypatch):
+    for block in (DenseBlock, AffineBlock, NUQBlock):
+        monkeypatch.setitem(fused.FAST, (block, "cpu"), "xla_cpu")
+
+
+def test_long_contexts_on_cpu_are_compiled_by_numba_where_it_is(model, on_cpu, monkeypatch):
+    def explain(capacity):
+        policy = kvjax.policy("kivi2", model)
+        cache = jax.eval_shape(lambda: decode.init_cache(model, policy, batch=1, capacity=capacity, target="cpu"))
+        return decode.explain(cache, strict=True)
+
+    assert "numba_cpu in decode steps," in explain(fused.NATIVE_TOKENS)
+    assert "xla_cpu in decode steps," in explain(fused.NATIVE_TOKENS // 2)
+    monkeypatch.setattr(api, "installed", lambda name: name != "numba_cpu")
+    assert "xla_cpu in decode steps (numba_cpu is faster: install the extra `cpu`)," in explain(fused.NATIVE_TOKENS)
+
+
+@pytest.mark.parametrize("quant", ["kvquant3", "kivi4"])
+def test_numbas_kernel_on_every_device_of_a_mesh(on_cpu, monkeypatch, quant):
+    """Two rows of different lengths over eight devices, against XLA's kernel on one."""
+    shape, policy = decode.CacheShape(1, 8, 4, 32, make_rope(32, 512)), make_policy(preset(quant), 1, 4, 32, quant)
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(x) for x in (random_kv(rng, 2, 100, 4, 32), random_kv(rng, 2, 100, 4, 32)))
+    q, counts = jnp.asarray(random_kv(rng, 2, 1, 8, 32)), jnp.asarray([100, 70], jnp.int32)
+
+    def attend(mesh):
+        cache = decode.init_cache(shape, policy, batch=2, capacity=320, block=32, target="cpu", mesh=mesh)
+        fill = jax.jit(lambda cache: decode.advance(decode.append(cache, 0, k, v, counts), counts))
+        step = jax.jit(lambda cache: decode.attend(cache, 0, q, jnp.ones_like(counts)))
+        cache = fill(cache)
+        return decode.explain(cache), step(decode.append(cache, 0, k[:, :1], v[:, :1], jnp.ones_like(counts)))
+
+    path, expected = attend(None)
+    assert "xla_cpu in decode steps" in path
+    monkeypatch.setattr(fused, "NATIVE_TOKENS", 0)
+    path, found = attend(make_mesh("data=2,seq=2,tensor=2"))
+    assert "numba_cpu in decode steps" in path
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
 def test_the_reference_can_be_asked_for(model):
     cache = decode.init_cache(model, kvjax.policy("kivi2", model), batch=1, capacity=200, target="reference")
     assert fused.kernel(cache, cache.segments[0]) is None
@@ -164,16 +209,17 @@ def test_the_reference_can_be_asked_for(model):
         decode.init_cache(model, kvjax.policy("kivi2", model), batch=1, capacity=200, target="tpv")
 
 
-@pytest.mark.parametrize("path", ["xla_cpu", "reference"])
+@pytest.mark.parametrize("path", ["numba_cpu", "xla_cpu", "reference"])
 def test_a_query_ten_million_tokens_after_its_keys(model, path, monkeypatch):
     """Keys before RoPE against attention in float64: float32 angles would be off by up to 0.8 rad."""
     monkeypatch.setitem(fused.FAST, (NUQBlock, "cpu"), "xla_cpu")
     cache = filled(model, "kvquant3")
+    monkeypatch.setattr(fused, "NATIVE_TOKENS", cache.capacity + (path != "numba_cpu"))
     cache = dataclasses.replace(
-        cache, target="cpu" if path == "xla_cpu" else path, length=jnp.full(3, cache.capacity, jnp.int32)
+        cache, target=path if path == "reference" else "cpu", length=jnp.full(3, cache.capacity, jnp.int32)
     )
     shape, segment, start = cache.shape, cache.segments[0], np.asarray([10**7 - 1, 10**7 + 1, 9_999_001], np.int32)
-    assert (fused.kernel(cache, segment) is not None) == (path == "xla_cpu")
+    assert f"{path} in decode steps" in fused.explain(cache) or path == "reference"
     q = np.random.default_rng(1).standard_normal((3, 1, shape.kv_heads, 2, shape.head_dim)).astype(np.float32)
 
     @jax.jit

@@ -5,6 +5,7 @@ unless the caller asks for the next one by name.
 """
 
 import importlib
+import importlib.util
 from typing import Literal
 
 import jax
@@ -12,7 +13,7 @@ import jax
 from pallas_kernels.decode_attention import heads, reference
 from pallas_kernels.decode_attention.formats import Format, Partial, Planes, Rotation, describe, joined_heads, shape_of
 
-Implementation = Literal["reference", "xla_cpu", "mosaic_tpu", "mosaic_gpu"]
+Implementation = Literal["reference", "numba_cpu", "xla_cpu", "mosaic_tpu", "mosaic_gpu"]
 
 
 def decode_attention(
@@ -103,6 +104,8 @@ def check(k: Format, v: Format, group: int, implementation: Implementation, chip
         raise ValueError("`v` has another number of heads side by side than `k`; they must agree.")
     if implementation == "reference":
         return
+    if implementation == "numba_cpu" and not installed(implementation):
+        raise NotImplementedError("numba_cpu needs numba; install the extra `cpu`.")
     module = _module(implementation)
     for fmt in (k, v):
         if isinstance(fmt, Planes) and not hasattr(module, "attend_in_part"):
@@ -110,6 +113,11 @@ def check(k: Format, v: Format, group: int, implementation: Implementation, chip
     module.check(k, v, group, chip, rotates)
 
 
+def installed(implementation: Implementation) -> bool:
+    """Whether the packages that an implementation needs are there."""
+    return implementation != "numba_cpu" or importlib.util.find_spec("numba") is not None
+
+
 def _module(implementation: str):
-    # Imported on demand: the GPU kernels need a newer JAX than the rest.
+    # Imported on demand: the GPU kernels need a newer JAX than the rest, numba_cpu another package.
     return importlib.import_module(f"pallas_kernels.decode_attention.{implementation}")

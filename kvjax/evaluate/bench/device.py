@@ -6,17 +6,18 @@ from pathlib import Path
 import jax
 
 from kvjax.targets import default_target, split
-from pallas_kernels.decode_attention.api import Implementation
+from pallas_kernels.decode_attention import api
 
-_IMPLEMENTATIONS: dict[str, Implementation] = {"cpu": "xla_cpu", "gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+_IMPLEMENTATIONS: dict[str, api.Implementation] = {"cpu": "xla_cpu", "gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 # More than the last cache of any GPU (H200: 60 MB, B200: 126 MB) and the VMEM of any TPU (128 MiB).
 _ACCELERATOR_CACHE_BYTES = 128 << 20
 _CPU_CACHE_BYTES = 32 << 20
 
 
-def implementation() -> Implementation:
+def implementation() -> api.Implementation:
     """The kernels that are written for the default backend."""
-    return _IMPLEMENTATIONS[jax.default_backend()]
+    backend = jax.default_backend()
+    return "numba_cpu" if backend == "cpu" and api.installed("numba_cpu") else _IMPLEMENTATIONS[backend]
 
 
 def chip() -> str:

@@ -1,0 +1,112 @@
+"""Decode attention compiled by numba, against float64."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import kernel_cases
+import numpy as np
+import pytest
+
+from pallas_kernels.decode_attention import api, numba_cpu, numba_vectors, specs
+
+attend = functools.partial(api.decode_attention, implementation="numba_cpu")
+
+
+def _check(storage, shape, lengths, first=0, stride=1):
+    arguments, expected = kernel_cases.case(storage, shape, lengths, first, stride)
+    rest, rotation = {name: x for name, x in arguments.items() if name != "rotation"}, arguments["rotation"]
+    if rotation is not None:
+        rotation = dataclasses.replace(rotation, angles=functools.partial(_angles, rest["q"].shape[-1]))
+    partial = jax.jit(functools.partial(attend, rotation=rotation))(**rest)
+    error, log_error = kernel_cases.errors(partial, expected)
+    assert error < 5e-5 and log_error < 5e-5
+
+
+def _angles(channels, offsets, theta=10000.0):
+    """As `specs.rotation`, exact: angles in units of 2**-32 turns, of which whole turns fall away."""
+    inv_freq = np.asarray(theta ** (-np.arange(0, channels, 2) / channels), np.float32).astype(np.float64)
+    unit = np.round(inv_freq / (2 * np.pi) * 2**32).astype(np.uint32).view(np.int32)[(None,) * offsets.ndim]
+    angle = (offsets[..., None] * unit).astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+@pytest.mark.parametrize("storage", specs.STORAGES)
+def test_every_storage(storage):
+    _check(storage, "gqa4-h128", "T+1,full")
+
+
+@pytest.mark.parametrize(
+    ("storage", "shape"),
+    [
+        ("kivi4", "mha-h128"),
+        ("kvquant3", "mqa16-h64"),
+        ("kivi4", "gqa3-h96"),  # groups of 32 in registers of 16
+        ("kvquant4", "gqa3-h96"),
+        ("kvquant3", "gqa2-h256"),
+        ("kvquant2", "gqa4-h128-t256"),
+        ("int4", "mqa2-h256-n96"),  # a block's number has two digits
+        ("kvquant4-dense", "mqa2-h256-n96"),
+    ],
+)
+def test_shapes(storage, shape):
+    _check(storage, shape, "full,0")
+
+
+@pytest.mark.parametrize("lengths", specs.LENGTHS)
+@pytest.mark.parametrize("first", [0, 100])
+def test_sees_only_its_tokens(lengths, first):
+    _check("kivi2", "gqa4-h128", lengths, first)
+    _check("kvquant4", "gqa4-h128", lengths, first, stride=3)
+
+
+@pytest.mark.parametrize("found", [(8, "llvm.x86.avx2.permps"), None])
+@pytest.mark.parametrize("storage", ["kvquant4", "kvquant3"])
+def test_levels_on_machines_with_other_registers(storage, found, monkeypatch):
+    if found and not numba_vectors.permutation():
+        pytest.skip("needs AVX2")
+    monkeypatch.setattr(numba_vectors, "permutation", lambda: found)
+    if found:
+        monkeypatch.setattr(numba_vectors, "WIDEST", found[0])
+    numba_cpu._operation.cache_clear()
+    _check(storage, "gqa3-h96", "T+1,full")
+    numba_cpu._operation.cache_clear()
+
+
+def test_temporaries_do_not_grow_with_the_context():
+    def temporaries(blocks):
+        shape, kinds = specs.Shape(2, 1, blocks, 2, 4, 128), specs.STORAGES["kvquant4-dense"]
+        k, v = (specs.abstract(kind, shape) for kind in (kinds.keys, kinds.values))
+        row = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+        def step(q, k, v, layer, last):
+            return attend(q, k, v, layer=layer, first=last * 0, last=last, rotation=specs.rotation(shape, last))
+
+        q = jax.ShapeDtypeStruct((1, 2, 4, 128), jnp.float32)
+        compiled = jax.jit(step).lower(q, k, v, jax.ShapeDtypeStruct((), jnp.int32), row).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096) == temporaries(1024)
+
+
+def test_refusals():
+    shape = specs.Shape(1, 1, 2, 4, 1, 128)
+    k, v = (specs.abstract(kind, shape) for kind in ("planes-channels", "planes"))
+    with pytest.raises(NotImplementedError, match="numba_cpu does not read float16 planes"):
+        api.check(k, v, 1, "numba_cpu", "", False)
+
+
+def test_without_numba_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: None)
+    k = specs.abstract("dense", specs.Shape(1, 1, 2, 4, 1, 128))
+    with pytest.raises(NotImplementedError, match="install the extra `cpu`"):
+        api.check(k, k, 1, "numba_cpu", "", False)
+
+
+def test_nan_stays_nan():
+    arguments, _ = kernel_cases.case("bf16", "gqa4-h128", "T+1,full")
+    rest = arguments | {"q": arguments["q"].at[0, 0, 0, 0].set(np.nan)}
+    partial = jax.jit(attend)(**{name: x for name, x in rest.items() if name != "rotation"})
+    nan = np.isnan(np.asarray(partial.acc)).all(-1)
+    assert nan[0, 0, 0] and not nan[1].any() and not nan[0, 1].any() and not nan[0, 0, 1:].any()
