@@ -293,7 +293,8 @@ def _halves(pairs: list, byte) -> list:
     register; what is beyond a word is not zero."""
     select = _Int(arith.constant(ir.IntegerType.get_signless(32), 0x5410)) + byte * 0x1111
     out_type = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
-    return [mgpu.utils.bitcast(mgpu.utils.prmt(high, low, select.value), out_type) for low, high in pairs]
+    # Bytes 0 to 3 are the first operand's, whatever `prmt` calls it.
+    return [mgpu.utils.bitcast(mgpu.utils.prmt(low, high, select.value), out_type) for low, high in pairs]
 
 
 def _down(x: jax.Array, bits: int, interpret) -> jax.Array:
