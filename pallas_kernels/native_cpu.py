@@ -129,7 +129,7 @@ def pointer(typing, address, dtype):
     return kind(types.int64, dtype), build
 
 
-@numba.njit(**JIT)
+@numba.njit(types.int64(types.int64, types.int64), **JIT)
 def address(buffers: int, i: int) -> int:
     """Of operand or result number i, in the order of `operation`."""
     return load(buffers + 8 * i)

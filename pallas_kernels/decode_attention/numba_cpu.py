@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numba
-from numba import carray, float32, int32
+from numba import carray, float32, int32, int64
 
 from pallas_kernels.decode_attention.formats import Format, Partial, Planes, Rotation, describe, joined_heads, shape_of
 from pallas_kernels.decode_attention.numba_products import products
@@ -104,12 +104,13 @@ def _one_block(fmt: Format) -> Format:
     return jax.tree.map(one, fmt)
 
 
-@numba.njit(**JIT)
+# With signatures: else they are compiled anew for each number that stands where they are called.
+@numba.njit(float32[::1](int64, int64), **JIT)
 def _floats(buffers, i):
     return carray(pointer(address(buffers, i), float32), (MANY,))
 
 
-@numba.njit(**JIT)
+@numba.njit(int32[::1](int64, int64), **JIT)
 def _integers(buffers, i):
     return carray(pointer(address(buffers, i), int32), (MANY,))
 
@@ -119,15 +120,16 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
     """The kernel for these formats."""
     *_, T, H = shape_of(k)
     first_key = 8 if rotates else 5
+    within = 6 if rotates else 0  # where no angles are, nothing is read there
     first_value = first_key + len(arrays_of(k))
     first_result = first_value + len(arrays_of(v))
     keys, values = reader(k, first_key), reader(v, first_value)
     prepare_keys, read_keys, key_tiles, key_rows, key_step = keys.code
     prepare_values, read_values, value_tiles, value_rows, value_step = values.code
-    multiply, multiply_turned, add = products(group, H, key_rows, value_rows)
+    multiply, add = products(group, H, key_rows, value_rows, rotates)
     rows, key_size, value_size = max(key_rows, value_rows), keys.meta_size, values.meta_size
     scratch_size = (rows + 2 * group + 1) * H + group * (T + 2) + key_size + value_size
-    turn_queries = _turn_queries(group, H)
+    turn_queries = _turn_queries(group, H) if rotates else _nothing
 
     def work(buffers, item):
         """One row, head and split of the context."""
@@ -146,26 +148,20 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
         angle, memory = memory[:H], memory[H:]
         top, total, memory = memory[:group], memory[group : 2 * group], memory[2 * group :]
         key_meta, value_meta = memory[:key_size], memory[key_size:]
-        acc[:] = 0
-        top[:] = EMPTY
-        total[:] = 0
         queries = _floats(buffers, 4)[(b * K + k) * group * H :][: group * H].reshape((group, H))
-        if rotates:
-            angles = _floats(buffers, 6)[: T * H].reshape((T, H))
-        else:
-            q[:] = queries
+        angles = _floats(buffers, within)[: T * H].reshape((T, H))
+        for g in range(group):
+            top[g], total[g] = EMPTY, 0
+            for h in range(H):
+                acc[g, h], q[g, h] = 0, queries[g, h]
         for n in range(begin + blocks * s // S, begin + blocks * (s + 1) // S):
             block = (layer * B + b) * N + n
             at = (block * K + k, block, layer, layer * K + k)
-            if rotates:
-                turn_queries(q, queries, angle, _floats(buffers, 5)[b * H :], _floats(buffers, 7), n, digits)
+            turn_queries(q, queries, angle, b, n, digits, buffers)
             prepare_keys(key_meta, buffers, at)
             for i in range(key_tiles):
                 token = read_keys(tile, i, key_meta, buffers, at)
-                if rotates:
-                    multiply_turned(scores, token, key_step, q, tile, angles)
-                else:
-                    multiply(scores, token, key_step, q, tile)
+                multiply(scores, token, key_step, q, tile, angles)
             soften(scores, first - n * T, last - n * T, top, total, acc)
             prepare_values(value_meta, buffers, at)
             for i in range(value_tiles):
@@ -173,7 +169,8 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
                 add(acc, scores, token, value_step, tile)
         for g in range(group):
             place = item * group + g
-            _floats(buffers, first_result)[place * H :][:H] = acc[g]
+            for h in range(H):
+                _floats(buffers, first_result)[place * H + h] = acc[g, h]
             _floats(buffers, first_result + 1)[place] = top[g]
             _floats(buffers, first_result + 2)[place] = total[g]
         free(scratch)
@@ -181,17 +178,24 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
     return operation(f"decode_attention 1: {k}, {v}, {group}, {rotates}", work)
 
 
+@numba.njit(**JIT)
+def _nothing(out, queries, angle, row, block, digits, buffers):
+    """Keys are stored after RoPE, and so are the queries."""
+
+
 @functools.cache
 def _turn_queries(group: int, channels: int) -> Callable:
     half = channels // 2
 
     @numba.njit(**JIT)
-    def turn_queries(out, queries, angle, position, table, block, digits):
+    def turn_queries(out, queries, angle, row, block, digits, buffers):
         """Queries as seen from where a block starts: turned by position - start."""
-        angle[:] = position[:channels]
+        position = _floats(buffers, 5)[row * channels :]
+        for h in range(channels):
+            angle[h] = position[h]
         for d in range(digits):
-            row = table[(d * RADIX + block % RADIX) * channels :]
-            cos, sin = row[:half], row[half:channels]
+            start = _floats(buffers, 7)[(d * RADIX + block % RADIX) * channels :]
+            cos, sin = start[:half], start[half:channels]
             for h in range(half):
                 c, s = angle[h], angle[half + h]
                 angle[h], angle[half + h] = c * cos[h] + s * sin[h], s * cos[h] - c * sin[h]

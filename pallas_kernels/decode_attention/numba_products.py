@@ -15,21 +15,26 @@ from pallas_kernels.native_cpu import JIT
 QUERIES, KEYS, VALUES = 4, 2, 4  # at a time
 
 
-@functools.cache
-def products(group: int, channels: int, key_rows: int, value_rows: int) -> tuple[Callable, Callable, Callable]:
-    """`multiply`, `multiply_turned` and `add`.
+def products(group: int, channels: int, key_rows: int, value_rows: int, turns: bool) -> tuple[Callable, Callable]:
+    """`multiply` and `add`.
 
     Args:
       group: queries per head; any number, best a multiple of 4.
       key_rows, value_rows: of a tile.
+      turns: whether `multiply` turns keys by the angles of their tokens.
     """
-    H, half = channels, channels // 2
-    whole = group - group % QUERIES
+    multiply = _multiply_turned(group, channels, key_rows) if turns else _multiply(group, channels, key_rows)
+    return multiply, _add(group, channels, value_rows)
+
+
+@functools.cache
+def _multiply(group: int, channels: int, rows: int) -> Callable:
+    H, whole = channels, group - group % QUERIES
 
     @numba.njit(**JIT)
-    def multiply(scores, token, step, q, tile):
+    def multiply(scores, token, step, q, tile, angles):
         """`scores[g, token + r * step] = q[g] . tile[r]`."""
-        for r in range(0, key_rows, KEYS):
+        for r in range(0, rows, KEYS):
             t0, t1, row0, row1 = token + r * step, token + (r + 1) * step, tile[r], tile[r + 1]
             for g in range(0, whole, QUERIES):
                 q0, q1, q2, q3 = q[g], q[g + 1], q[g + 2], q[g + 3]
@@ -49,6 +54,13 @@ def products(group: int, channels: int, key_rows: int, value_rows: int) -> tuple
                     a0, b0 = a0 + q0[h] * row0[h], b0 + q0[h] * row1[h]
                 scores[g, t0], scores[g, t1] = a0, b0
 
+    return multiply
+
+
+@functools.cache
+def _multiply_turned(group: int, channels: int, rows: int) -> Callable:
+    half, whole = channels // 2, group - group % QUERIES
+
     @numba.njit(**JIT)
     def turned(low, high, cos, sin, h):
         return low[h] * cos[h] - high[h] * sin[h], high[h] * cos[h] + low[h] * sin[h]
@@ -56,7 +68,7 @@ def products(group: int, channels: int, key_rows: int, value_rows: int) -> tuple
     @numba.njit(**JIT)
     def multiply_turned(scores, token, step, q, tile, angles):
         """As `multiply`, of rows turned by the angles of their tokens, `[T, H]` cos and sin side by side."""
-        for r in range(0, key_rows, KEYS):
+        for r in range(0, rows, KEYS):
             t0, t1 = token + r * step, token + (r + 1) * step
             low0, high0, cos0, sin0 = tile[r, :half], tile[r, half:], angles[t0, :half], angles[t0, half:]
             low1, high1, cos1, sin1 = tile[r + 1, :half], tile[r + 1, half:], angles[t1, :half], angles[t1, half:]
@@ -82,10 +94,17 @@ def products(group: int, channels: int, key_rows: int, value_rows: int) -> tuple
                     a0, b0 = a0 + (q0[h] * w + p0[h] * x), b0 + (q0[h] * y + p0[h] * z)
                 scores[g, t0], scores[g, t1] = a0, b0
 
+    return multiply_turned
+
+
+@functools.cache
+def _add(group: int, channels: int, rows: int) -> Callable:
+    H, whole = channels, group - group % QUERIES
+
     @numba.njit(**JIT)
     def add(acc, p, token, step, tile):
         """`acc[g] += sum over r of p[g, token + r * step] * tile[r]`."""
-        for r in range(0, value_rows, VALUES):
+        for r in range(0, rows, VALUES):
             t0, t1, t2, t3 = token + r * step, token + (r + 1) * step, token + (r + 2) * step, token + (r + 3) * step
             row0, row1, row2, row3 = tile[r], tile[r + 1], tile[r + 2], tile[r + 3]
             for g in range(0, whole, QUERIES):
@@ -105,4 +124,4 @@ def products(group: int, channels: int, key_rows: int, value_rows: int) -> tuple
                 for h in range(H):
                     out0[h] += a0 * row0[h] + a1 * row1[h] + a2 * row2[h] + a3 * row3[h]
 
-    return multiply, multiply_turned, add
+    return add

@@ -144,7 +144,8 @@ def _packed(fmt: Affine | Codebook, first: int) -> Reader:
     width, per_group = (H, T // groups) if per_channel else (T, H // groups)
     size = groups * width
     constants = (0 if per_channel else per_group, width)
-    decode, decode_two = (Row(bits, H, levels > 0, straddles, *constants).compile() for straddles in (False, True))
+    decode = Row(bits, H, levels > 0, False, *constants).compile()
+    decode_two = Row(bits, H, levels > 0, True, *constants).compile() if bits == 3 else decode
 
     @numba.njit(**JIT)
     def read(tile, i, meta, buffers, at):

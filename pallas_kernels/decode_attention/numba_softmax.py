@@ -48,8 +48,10 @@ def soften(scores, first, last, top, total, acc):
             row[i] = exp(row[i] - most)
         for i in range(row.size):
             added += row[i]
-        scores[g, :start] = 0
-        scores[g, end:] = 0
+        for t in range(start):
+            scores[g, t] = 0
+        for t in range(end, tokens):
+            scores[g, t] = 0
         top[g], total[g] = most, total[g] * fade + added
         if fade != 1:
             for h in range(out.size):
