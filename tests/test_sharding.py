@@ -1,5 +1,6 @@
 """Caches spread over a mesh against the same on one device."""
 
+import dataclasses
 import re
 
 import jax
@@ -46,8 +47,19 @@ def feed(cache, q, k, v, counts):
     return jnp.stack(out), decode.advance(cache, counts)
 
 
-def fed(name, mesh):
-    """Outputs of chunks of 40 tokens and of single ones, over rows of different lengths; and the cache."""
+def settled(cache, tokens):
+    """With `pending` for calls of so many tokens, and arrays where a new cache says they are: one program."""
+    pending = tuple(jnp.zeros((*x.shape[:3], tokens, H), x.dtype) for x in cache.pending)
+    cache = dataclasses.replace(cache, pending=pending)
+    return cache if cache.mesh is None else jax.device_put(cache, sharding.cache_shardings(cache))
+
+
+def fed(name, mesh, settle=True):
+    """Outputs of chunks of 40 tokens and of single ones, over rows of different lengths; and the cache.
+
+    Unless it is `settled` before each call, the first call after a new cache or another number of tokens is a program
+    of its own: as many again.
+    """
     shape = decode.CacheShape(2, 16, K, H, make_rope(H, 512))
     cache = new_cache(shape, name, mesh, capacity=330)
     rng = np.random.default_rng(0)
@@ -55,7 +67,7 @@ def fed(name, mesh):
     for counts in ([40, 40], [40, 5], [40, 40], [40, 7], [40, 40], [33, 40], [1, 1], [1, 0], [1, 1]):
         S = 40 if max(counts) > 1 else 1
         q, k, v = (jnp.asarray(random_kv(rng, 2, 2, S, heads, H)) for heads in (16, K, K))
-        out, cache = feed(cache, q, k, v, jnp.asarray(counts, jnp.int32))
+        out, cache = feed(settled(cache, S) if settle else cache, q, k, v, jnp.asarray(counts, jnp.int32))
         valid = np.arange(S)[None, :] < np.array(counts)[:, None]
         outputs.append(np.asarray(out)[:, valid])
     return outputs, cache
@@ -69,8 +81,9 @@ FAMILIES = {
 
 @pytest.mark.parametrize(("name", "shape"), FAMILIES.items())
 def test_the_same_keys_and_values_give_the_same_bits_and_outputs(name, shape):
-    wanted, plain = fed(name, None)
-    got, cache = fed(name, sharding.make_mesh(MESHES[shape]))
+    settle = name != "bf16"  # what a call finds in `pending` does not depend on the storage
+    wanted, plain = fed(name, None, settle)
+    got, cache = fed(name, sharding.make_mesh(MESHES[shape]), settle)
     for a, b in zip(got, wanted):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
     for row in range(2):
