@@ -54,9 +54,9 @@ class Job:
         port = free_port()
         self.started: list[subprocess.Popen] = []
         self.folder = folder
-        # As in conftest: most of the time is XLA compiling small programs once.
-        quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        common = os.environ | quick | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+        # With conftest's XLA_FLAGS: most of the time is XLA compiling small programs once.
+        common = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+        common["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         common |= {"KVJAX_JOIN_SECONDS": str(JOIN_SECONDS)} | environment
         for i in range(count):
             place = {"KVJAX_COORDINATOR": f"localhost:{port}", "KVJAX_PROCESSES": str(count), "KVJAX_PROCESS": str(i)}
