@@ -102,7 +102,7 @@ STEPS = 300
 
 
 def run(mesh, attention, steps):
-    """A prompt, a second turn behind it, and decode steps with kvquant3: all logits."""
+    """A prompt, a second turn behind it, and decode steps with kvquant3: all logits, and the cache."""
     model = init_random(CONFIG, make_rope(H, 1024), seed=0)
     if mesh is not None:
         model = sharding.shard_model(model, mesh)
@@ -116,23 +116,37 @@ def run(mesh, attention, steps):
     options = {"xla_backend_optimization_level": 1} if steps == STEPS else None
     score = cached.score.lower(model, cache, tokens).compile(options)
     logits, cache = score(model, cache, tokens)
-    return np.concatenate([np.asarray(x) for x in (first[:, None], second[:, None], logits)], 1)
+    return np.concatenate([np.asarray(x) for x in (first[:, None], second[:, None], logits)], 1), cache
 
 
 def test_prefill_and_300_steps_equal_those_of_one_device():
-    wanted = run(None, "exact", STEPS)
+    wanted, plain = run(None, "exact", STEPS)
+    positions = np.array([[250, 450, *range(451, 451 + STEPS)], [170, 173, *range(174, 174 + STEPS)]])
+    same = 0  # rows of which no code differs
     for spec in MESHES.values():
-        error = np.abs(run(sharding.make_mesh(spec), "exact", STEPS) - wanted).max((0, 2)) / np.abs(wanted).max()
-        # Sums in another order differ in the last bit, and now and then that bit makes a value's scale the next
-        # float16: a single token is then stored up to 5e-4 off, here as with any change of summation on one device.
-        assert np.median(error) < 1e-5 and error.max() < 1e-4, spec
+        logits, cache = run(sharding.make_mesh(spec), "exact", STEPS)
+        error = np.abs(logits - wanted).max(2) / np.abs(wanted).max()
+        for row in range(2):
+            # Sums in another order differ in the last bit, and now and then that bit makes a value's scale the next
+            # float16, a single token then being stored up to 5e-4 off, or takes a number to the next level: as with any
+            # change of summation on one device, and on one machine and not another.
+            leaves = list(zip(sealed_blocks(cache, row), sealed_blocks(plain, row), strict=True))
+            assert sum((a != b).sum() for a, b in leaves) <= sum(a.size for a, _ in leaves) / 500, spec
+            codes = [(a != b).any((0, *range(2, a.ndim))) for a, b in leaves if a.dtype == np.uint32]
+            differs = np.flatnonzero(np.any(codes, axis=0))
+            same += differs.size == 0
+            until = plain.sinks + T * differs[0] if differs.size else positions.max()
+            before = error[row, positions[row] <= until]
+            assert before.size == 0 or (np.median(before) < 1e-5 and before.max() < 1e-4), spec
+            assert error[row].max() < 2e-3, spec
+    assert same >= 6  # of eight
 
 
 def test_prefill_through_the_cache():
     # Later layers are stored from sums in another order: now and then a value's scale is the next float16, as with
     # another size of chunk on one device.
-    wanted = run(None, "cached", 1)
-    logits = run(sharding.make_mesh(MESHES["4x2"]), "cached", 1)
+    wanted, _ = run(None, "cached", 1)
+    logits, _ = run(sharding.make_mesh(MESHES["4x2"]), "cached", 1)
     np.testing.assert_allclose(logits, wanted, atol=1e-3 * np.abs(wanted).max())
 
 
