@@ -39,13 +39,15 @@ FRAME_OPERANDS, FRAME_RESULTS, FRAME_ATTRIBUTES = 56, 96, 160  # a number and tw
 BUFFER_DATA, SCALAR_VALUE = 24, 8
 EXTENSION_METADATA = 24
 METADATA_VERSION, METADATA_TRAITS, METADATA_STATE = 24, 32, 40
-API_SCHEDULE, API_NUM_THREADS = 136, 144
+API_ERROR, API_SCHEDULE, API_NUM_THREADS = 48, 136, 144
+FAILED_PRECONDITION = 9
 VERSION = 1 << 32  # 0.1: major in the lower half, minor in the upper
 
 # What threads share: the next item, items done, users, items, the kernel, then an address per operand and result.
 NEXT, DONE, USERS, ITEMS, KERNEL, BUFFERS = 0, 8, 16, 24, 32, 40
 
-_kernels = np.zeros((1024, 2), np.int64)  # number and address of each; compiled code reads it
+_kernels = np.zeros((4096, 2), np.int64)  # number and address of each, then zeros; compiled code reads it
+_UNKNOWN = ctypes.create_string_buffer(b"the program calls a kernel that this process has not compiled; trace it here")
 _alive: list[Any] = []  # compiled code whose addresses are there
 
 
@@ -155,7 +157,7 @@ def _leave(state):
 @functools.cache
 def _register() -> None:
     """Compiles the handler of `TARGET`, and tells XLA."""
-    kernels = _kernels.ctypes.data
+    kernels, unknown = _kernels.ctypes.data, ctypes.addressof(_UNKNOWN)
 
     @numba.cfunc(types.int64(types.int64), error_model="numpy")
     def help(state):
@@ -179,6 +181,14 @@ def _register() -> None:
         number = load(load(load(attributes + 8) + SCALAR_VALUE))
         entry = kernels
         while load(entry) != number:
+            if load(entry) == 0:
+                # XLA_FFI_Error_Create_Args: size, extension, message, code.
+                request = malloc(32)
+                store(request, 32)
+                store(request + 8, 0)
+                store(request + 16, unknown)
+                store(request + 24, FAILED_PRECONDITION)
+                return call1(load(load(frame + FRAME_API) + API_ERROR), request)
             entry += 16
         state = malloc(BUFFERS + 8 * (load(frame + FRAME_OPERANDS) + load(frame + FRAME_RESULTS)))
         place = state + BUFFERS
@@ -219,6 +229,11 @@ def _register() -> None:
     _alive.append((help, handler))
 
 
+def kernel_number(name: str) -> np.int64:
+    """Stands for a kernel in XLA's programs; not 0."""
+    return np.int64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
+
+
 def operation(name: str, work: Callable[[int, int], None]) -> Callable[..., Sequence[jax.Array]]:
     """Makes `work` an operation of XLA on CPU.
 
@@ -232,7 +247,7 @@ def operation(name: str, work: Callable[[int, int], None]) -> Callable[..., Sequ
     """
     _register()
     compiled = numba.cfunc(types.void(types.int64, types.int64), **_CODE)(work)
-    number = np.int64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
+    number = kernel_number(name)
     _kernels[len(_alive) - 1] = number, compiled.address
     _alive.append(compiled)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numba import carray, int32
 
+from pallas_kernels import native_cpu
 from pallas_kernels.native_cpu import address, fetch_add, operation, pointer
 
 SHAPE = jax.ShapeDtypeStruct((1000,), jnp.int32)
@@ -68,6 +69,12 @@ def test_items_run_at_the_same_time():
     two = jax.ShapeDtypeStruct((2,), jnp.int32)
     (found,) = jax.jit(lambda x: meet([two], 2, x))(np.zeros(2, np.int32))
     assert found.tolist() == [2, 2]
+
+
+def test_a_kernel_that_was_not_compiled_is_an_error(squares):
+    call = jax.ffi.ffi_call(native_cpu.TARGET, (SHAPE,))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel that this process has not compiled"):
+        jax.jit(lambda x: call(x, items=np.int64(1), kernel=native_cpu.kernel_number("test: none")))(jnp.arange(1000))
 
 
 def test_many_devices_call_one_kernel(squares):
