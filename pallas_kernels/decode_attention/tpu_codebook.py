@@ -204,6 +204,8 @@ class CodebookKeys(_Codebook):
     def scores(self, refs: Refs, run: jax.Array, place: int) -> jax.Array:
         stored, rotation, _, scratch = self._split(refs)
         plan = self.plan
+        if self.fmt.slots:
+            self._slots.prepare(scratch[4:], run, place)
         rows = [scratch[1][i, place] for i in range(2)] if rotation else [scratch[1][0, 0]]
         score = jnp.zeros((2 * plan.rows, plan.run_tokens), jnp.float32)
         for i, keys in enumerate(self._values(scratch[0], stored[0], run)):

@@ -4,6 +4,9 @@
 J(q) = [b, -a] for q = [a, b]. Eight blocks at a time, a row of a register each: cos and sin are gathered along
 sublanes, numbers of the query along lanes, from a row of its own for each block. Nothing passes through the matrix
 units, which keys and values need.
+
+Gathers along lanes take long, so they are part of the loop over keys, which has the time; all that is the same for all
+queries is made before, in a loop that is nothing but arithmetic: in one loop with the keys it would fill registers.
 """
 
 import dataclasses
@@ -50,52 +53,64 @@ class KeySlots:
         return self.words.count + 3
 
     def scratch(self) -> list[Any]:
-        scores = pltpu.VMEM((self.words.tiles, self.words.blocks * self.words.plan.rows, LANES), jnp.float32)
-        return [scores, *self.words.scratch()]
+        """What slots add to scores; residuals times cos, and times sin; queries where each block starts; words."""
+        words, plan = self.words, self.words.plan
+        scores = pltpu.VMEM((words.tiles, words.blocks * plan.rows, LANES), jnp.float32)
+        turned = pltpu.VMEM((words.fmt.slots, words.tiles, words.blocks, LANES), jnp.float32)
+        queries = pltpu.VMEM((self._queries, words.blocks, plan.channels), jnp.float32)
+        return [scores, turned, turned, queries, *words.scratch()]
+
+    @property
+    def _queries(self) -> int:
+        return self.words.plan.rows // self.words.plan.copies
+
+    @property
+    def _with_keys(self) -> bool:
+        """Whether scores are made in the loop over keys: where queries are few, and heads not wide."""
+        return self.words.plan.copies > 1 and self.words.plan.channels <= LANES
 
     def chunk(self, operands: Refs, scratch: Refs, step: Step, queries: Refs) -> None:
-        """Makes the scores of a chunk.
+        """What comes before the scores of a chunk. Words are left as their channels, in the order of keys.
 
         Args:
           queries: two of float32 `[R, H]`, the queries at the chunk's start and J of them.
         """
-        self.words.chunk(operands, scratch[1:], step)
-        plan = self.words.plan
-        together = eights_together(plan) * 4 // (plan.rows // plan.copies * (plan.channels // LANES))
-        over_eights(plan.chunk_blocks, together, lambda first: self._eight(operands, scratch, first, queries))
-
-    def _eight(self, operands: Refs, scratch: Refs, first: jax.Array, query_refs: Refs) -> None:
         words, plan = self.words, self.words.plan
-        angles, cos, sin = operands[words.count :]
-        cos, sin = (x[pl.ds(first, SUBLANES)] for x in (cos, sin))
-        queries = []
-        for g in range(plan.rows // plan.copies):
-            q, back = (read_anew(x, first, plan, g, 1) for x in query_refs)
-            queries.append(q * cos + back * sin)
-        together = self._queries_together(len(queries))
-        for n in range(words.tiles):
-            sums = []
-            for at in range(0, len(queries), together):
-                some = queries[at : at + together]
-                part = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * len(some)
-                for slot in range(words.fmt.slots):
-                    word = words.rows(operands, scratch[1:], slot, n, first)
-                    part = [x + y for x, y in zip(part, self._terms(word, read_anew(angles.at[n], first, plan), some))]
-                sums += part
-            for at in range(plan.rows):
-                rows = pl.ds(first * plan.rows + at, SUBLANES, stride=plan.rows)
-                scratch[0].at[n][rows] = sums[at % len(queries)]
+        words.chunk(operands, scratch[4:], step)
 
-    def _queries_together(self, count: int) -> int:
-        """All, for gathers by the same index follow each other faster, unless queries fill too many registers.
+        def turn_slots(first):
+            rows = pl.ds(first, SUBLANES)
+            for slot in range(words.fmt.slots):
+                ordered = [words.rows(operands, scratch[4:], slot, n, first) for n in range(words.tiles)]
+                for n, word in enumerate(ordered):
+                    angles = read_anew(operands[words.count].at[n], first, plan)
+                    for ref, x in zip((*scratch[1:3], scratch[4]), self._turned(word, angles)):
+                        ref[slot, n, rows] = x
 
-        kvquant4 with 16 queries and heads of 256 on v6e: 244.1 bundles and 379 spills with all, 236.0 and 284 with 8,
-        237.3 and 280 with 4. With heads of 128: 107.8 and 29 with all, 109.9 and 29 with 8.
-        """
-        return count if count * (self.words.plan.channels // LANES) <= 16 else 8
+        def turn_queries(first):
+            self._turn_queries(operands, scratch[3], first, queries)
 
-    def _terms(self, word: jax.Array, angles: jax.Array, queries: list[jax.Array]) -> list[jax.Array]:
-        """Per query, one slot's part of the scores of eight blocks: `[8, 128]`."""
+        def add(first):
+            self._add(scratch, first)
+
+        together = eights_together(plan)
+        loops = [(turn_slots, turn_queries)]
+        if not self._with_keys:
+            together = together * 4 // (self._queries * (plan.channels // LANES))
+            many = self._queries_together < self._queries  # one loop would spill
+            loops = [(turn_slots,), (turn_queries, add)] if many else [(turn_slots, turn_queries, add)]
+        for bodies in loops:
+            over_eights(plan.chunk_blocks, together, lambda first, bodies=bodies: [body(first) for body in bodies])
+
+    def _turn_queries(self, operands: Refs, out: Any, first: jax.Array, queries: Refs) -> None:
+        plan = self.words.plan
+        cos, sin = (x[pl.ds(first, SUBLANES)] for x in operands[self.words.count + 1 :])
+        for g in range(self._queries):
+            q, back = (read_anew(x, first, plan, g, 1) for x in queries)
+            out[g, pl.ds(first, SUBLANES)] = q * cos + back * sin
+
+    def _turned(self, word: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of one slot and eight blocks, `[8, 128]`: residuals times cos, and times sin with its sign; channels."""
         channels = self.words.plan.channels
         half, channel = channels // 2, word & CHANNEL
         angle = [take_sublanes(angles[i : i + SUBLANES], channel & (SUBLANES - 1)) for i in range(0, half, SUBLANES)]
@@ -107,8 +122,39 @@ class KeySlots:
         r = residual(word) * jnp.float32(2.0**-16 / FIXED)
         a, b = (r * x.astype(jnp.float32) for x in (angle[0], angle[0] << 16))
         sign = (channel & half) << (31 - log2(half))  # J(q)_c is -q_{c - H/2} of upper channels
-        b = pltpu.bitcast(pltpu.bitcast(b, jnp.int32) ^ sign, jnp.float32)
-        return [a * _at(q, channel) + b * _at(q, channel ^ half) for q in queries]
+        return a, pltpu.bitcast(pltpu.bitcast(b, jnp.int32) ^ sign, jnp.float32), channel
+
+    def prepare(self, scratch: Refs, run: jax.Array, place: int) -> None:
+        """Before the scores of a run, at its place in the iteration."""
+        plan = self.words.plan
+        if self._with_keys and place * plan.unit % SUBLANES == 0:
+            self._add(scratch, run * plan.unit)
+
+    def _add(self, scratch: Refs, first: jax.Array) -> None:
+        """Makes what slots add to the scores of eight blocks."""
+        words, plan = self.words, self.words.plan
+        rows, together = pl.ds(first, SUBLANES), self._queries_together
+        for n in range(words.tiles):
+            sums = []
+            for at in range(0, self._queries, together):
+                queries = [scratch[3][g, rows] for g in range(at, at + together)]
+                part = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * together
+                for slot in range(words.fmt.slots):
+                    a, b, channel = (x[slot, n, rows] for x in (*scratch[1:3], scratch[4]))
+                    other = channel ^ (plan.channels // 2)
+                    part = [x + (a * _at(q, channel) + b * _at(q, other)) for x, q in zip(part, queries)]
+                sums += part
+            for at in range(plan.rows):
+                scratch[0].at[n][pl.ds(first * plan.rows + at, SUBLANES, stride=plan.rows)] = sums[at % len(sums)]
+
+    @property
+    def _queries_together(self) -> int:
+        """All, for gathers by the same index follow each other faster, unless queries fill too many registers.
+
+        kvquant4 with 16 queries and heads of 256 on v6e: 244.1 bundles and 379 spills with all, 236.0 and 284 with 8,
+        237.3 and 280 with 4. With heads of 128: 107.8 and 29 with all, 109.9 and 29 with 8.
+        """
+        return self._queries if self._queries * (self.words.plan.channels // LANES) <= 16 else 8
 
     def scores(self, scratch: Refs, run: jax.Array) -> jax.Array:
         """`[R, run_tokens]`."""
