@@ -152,8 +152,8 @@ def _unrolled(plan: Plan, name: str, x: Format, chip: str) -> Plan:
 def _overlapped(name: str, x: Format, chip: str, rows: int) -> int:
     """Tokens that one iteration overlaps: the scheduler gains by more until registers spill, sooner in values."""
     if isinstance(x, Codebook):
-        # With 4096 kvquant3's keys on v5p have 50 spills, in 0.8 bundles less.
-        few = name == "keys" and x.bits == 3 and x.slots and chip not in BF16_ARITHMETIC
+        # With 4096 kvquant3's keys and kvquant2's values on v5p have 50 and 35 spills, in 0.8 and 2.2 bundles less.
+        few = (name, x.bits) in (("keys", 3), ("values", 2)) and x.slots and chip not in BF16_ARITHMETIC
         return 2048 if few else 4096
     if isinstance(x, Dense):
         # Of bf16 with 16 queries no spills rather than 48 (v5e), in 34.6 bundles and not 32.1, where memory takes 120.

@@ -254,8 +254,11 @@ class CodebookValues(_Codebook):
         return out + ([self._slots.shape] if self.fmt.slots else [])
 
     def zeros(self) -> Loaded:
-        """What is carried: all but the slots."""
-        return tuple(jnp.zeros(shape, jnp.float32) for shape in self.accumulators()[:2])
+        """What is carried: slots only where they are part of the loop."""
+        carried = self.accumulators()
+        if self.fmt.slots and not self._slots.with_values:
+            carried = carried[:2]
+        return tuple(jnp.zeros(shape, jnp.float32) for shape in carried)
 
     def operands(self) -> list[Operand]:
         out = self._operands()
@@ -307,19 +310,23 @@ class CodebookValues(_Codebook):
     def add(self, refs: Refs, run: jax.Array, p: jax.Array, sums: Loaded) -> Loaded:
         stored, _, _, _, _, scratch, slot_scratch = self._split(refs)
         block, unit = run * self.plan.unit, self.plan.unit
+        slots = sums[2:]
+        if slots:  # before the levels: the scheduler goes by the order of the program, and would spill
+            slots = (slots[0] + self._slots.sums(slot_scratch, run, p),)
+        elif self.fmt.slots:
+            self._slots.keep(slot_scratch, run, p)
         weights, zeros = p, sums[1]
         if self.per_token:
             scale, zero = (row(x, (), block + scratch[4][0], unit) for x in scratch[1:3])
             weights, zeros = p * scale, zeros + p * zero
         weights, levels = weights.astype(jnp.bfloat16), self._values(scratch[0], stored[0], run)
         parts = [jnp.dot(weights, x.astype(jnp.bfloat16), preferred_element_type=jnp.float32) for x in levels]
-        total = sums[0] + jnp.concatenate(parts, axis=1)
-        if self.fmt.slots:
-            self._slots.keep(slot_scratch, run, p)
-        return total, zeros
+        return sums[0] + jnp.concatenate(parts, axis=1), zeros, *slots
 
     def collect(self, refs: Refs, sums: Loaded) -> Loaded:
-        return (*sums, self._slots.sums(self._split(refs)[-1])) if self.fmt.slots else sums
+        if len(sums) == len(self.accumulators()):
+            return sums
+        return (*sums, self._slots.kept_sums(self._split(refs)[-1]))
 
     def finish(self, refs: Refs, sums: Loaded) -> jax.Array:
         out = sums[0] + jnp.sum(sums[1], axis=1, keepdims=True)

@@ -16,13 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.tpu_metadata import halves
-from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES
+from pallas_kernels.decode_attention.tpu_plan import BF16_ARITHMETIC, LANES, SUBLANES
 from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Refs, Step, over_runs
 from pallas_kernels.decode_attention.tpu_slots import CHANNEL, SlotWords, eights_together, log2, over_eights, residual
 
 ONE = 0x3F80  # in bfloat16
 PARTS = 2
-OVERLAPPED = 4096  # tokens whose tables overlap
+OVERLAPPED = 4096  # tokens whose tables overlap in a loop of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,16 @@ class ValueSlots:
         return max(1, PARTS // self.words.plan.copies)
 
     @property
+    def with_values(self) -> bool:
+        """Whether slots are part of the loop over values, which on v5 waits for arithmetic and slots for matrix units.
+
+        Only where registers suffice. On later chips values wait for matrix units too: kvquant4 on v6e would take 1.4
+        bundles more with 20 spills rather than none.
+        """
+        plan = self.words.plan
+        return plan.chip not in BF16_ARITHMETIC and plan.copies > 1 and plan.channels <= LANES
+
+    @property
     def _numbers(self) -> int:
         """Rows of numbers per slot: row and half of the table, and the residual where it is of a part."""
         return 2 + PARTS
@@ -70,16 +80,16 @@ class ValueSlots:
         words = self.words
         shape = (self._numbers * words.fmt.slots, words.tiles, words.blocks, LANES)
         kept = pltpu.VMEM((words.plan.runs, words.plan.rows, words.plan.run_tokens), jnp.float32)
-        return [pltpu.VMEM(shape, jnp.int32), kept, *words.scratch()]
+        return [pltpu.VMEM(shape, jnp.int32), *words.scratch(), *([] if self.with_values else [kept])]
 
     def chunk(self, operands: Refs, scratch: Refs, step: Step) -> None:
         words = self.words
-        words.chunk(operands, scratch[2:], step)
+        words.chunk(operands, scratch[1:], step)
 
         def eight(first):
             for slot in range(words.fmt.slots):
                 for n in range(words.tiles):
-                    word = words.rows(operands, scratch[2:], slot, n, first)
+                    word = words.rows(operands, scratch[1:], slot, n, first)
                     for i, x in enumerate(self._of(word)):
                         scratch[0][slot * self._numbers + i, n, pl.ds(first, SUBLANES)] = x
 
@@ -94,25 +104,23 @@ class ValueSlots:
             *(jnp.where(part == i, r, 0) for i in range(PARTS)),
         ]
 
-    def sums(self, scratch: Refs) -> jax.Array:
-        """Float32, of `shape`: of a chunk whose weights were `kept`.
+    def keep(self, scratch: Refs, run: jax.Array, p: jax.Array) -> None:
+        """For `kept_sums`: the weights `p[R, run_tokens]` of a run."""
+        scratch[-1][run] = p
 
-        A loop of its own: within that of levels there are not registers enough to overlap as many runs.
-        """
+    def kept_sums(self, scratch: Refs) -> jax.Array:
+        """As `sums`, of a chunk whose weights were kept: a loop of its own."""
         plan = self.words.plan
         tokens = OVERLAPPED // (plan.rows // SUBLANES * (plan.channels // LANES))
         plan = dataclasses.replace(plan, unroll=math.gcd(plan.runs, max(1, tokens // plan.run_tokens)))
 
         def add(run, place, total):
-            return total + self._sums(scratch, run, scratch[1][run])
+            return total + self.sums(scratch, run, scratch[-1][run])
 
         return over_runs(plan, add, jnp.zeros(self.shape, jnp.float32))
 
-    def keep(self, scratch: Refs, run: jax.Array, p: jax.Array) -> None:
-        """For `sums`: the weights `p[R, run_tokens]` of a run."""
-        scratch[1][run] = p
-
-    def _sums(self, scratch: Refs, run: jax.Array, p: jax.Array) -> jax.Array:
+    def sums(self, scratch: Refs, run: jax.Array, p: jax.Array) -> jax.Array:
+        """Float32, of `shape`: of a run with weights `p[R, run_tokens]`."""
         place = lax.broadcasted_iota(jnp.int32, (self._channels // 2, p.shape[1]), 0)
         weights, tables, sums = [], [], jnp.zeros((2 * self.shape[0], self.shape[1]), jnp.float32)
         for slot in range(self.words.fmt.slots):
