@@ -136,7 +136,7 @@ run = tpu_planes.run
 
 
 def _unrolled(plan: Plan, name: str, x: Format, chip: str) -> Plan:
-    tokens = _overlapped(name, x, chip, plan.rows)
+    tokens = _overlapped(name, x, chip, plan)
     if isinstance(x, (Affine, Codebook)):  # more registers per token
         fewer = tokens // (plan.rows // SUBLANES * (plan.channels // LANES))
         # Waiting for the matrix units costs more than spills. kivi4 with 16 queries and heads of 256 on v6e takes 112.9
@@ -149,15 +149,20 @@ def _unrolled(plan: Plan, name: str, x: Format, chip: str) -> Plan:
     return dataclasses.replace(plan, unroll=math.gcd(plan.unroll, runs))
 
 
-def _overlapped(name: str, x: Format, chip: str, rows: int) -> int:
+def _overlapped(name: str, x: Format, chip: str, plan: Plan) -> int:
     """Tokens that one iteration overlaps: the scheduler gains by more until registers spill, sooner in values."""
     if isinstance(x, Codebook):
+        if plan.rows > SUBLANES or plan.channels > LANES:
+            return 4096
+        if chip in BF16_ARITHMETIC:
+            return 8192
         # With 4096 kvquant3's keys and kvquant2's values on v5p have 50 and 35 spills, in 0.8 and 2.2 bundles less.
-        few = (name, x.bits) in (("keys", 3), ("values", 2)) and x.slots and chip not in BF16_ARITHMETIC
-        return 2048 if few else 4096
+        if x.slots and (name, x.bits) in (("keys", 3), ("values", 2)):
+            return 2048
+        return 4096 if name == "keys" else 8192
     if isinstance(x, Dense):
         # Of bf16 with 16 queries no spills rather than 48 (v5e), in 34.6 bundles and not 32.1, where memory takes 120.
-        return 2048 if x.dtype == "float16" or (name == "values" and rows > SUBLANES) else 4096
+        return 2048 if x.dtype == "float16" or (name == "values" and plan.rows > SUBLANES) else 4096
     assert isinstance(x, Affine)
     groups = x.groups
     if chip not in INT8_PRODUCTS:
