@@ -24,7 +24,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.tpu_metadata import by_pieces, float32, float_scratch, take_lanes
+from pallas_kernels.decode_attention.tpu_metadata import (
+    by_pieces,
+    can_view,
+    float32,
+    float_scratch,
+    take_lanes,
+    viewed,
+)
 from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES, Operand, Plan, divided
 from pallas_kernels.decode_attention.tpu_skeleton import Refs, Step
 
@@ -184,7 +191,7 @@ class SlotRows:
         if self.blocks_on_sublanes:
             return self._in_windows()
         if not self.heads_on_sublanes:
-            return self.plan.stored(self.array)
+            return self.plan.stored(self.array, whole=self._in_place)
         array, plan = self.array.swapaxes(3, 4), self.plan
         inner = [pl.Element(n) for n in array.shape[3:]]
 
@@ -211,12 +218,19 @@ class SlotRows:
         """Few heads, or an odd number: rows do not stand in words with others."""
         return not self.heads_on_sublanes and self.slots % self.per_word != 0
 
+    @property
+    def _in_place(self) -> bool:
+        """Whether words can be read from where they were fetched to: pairs of slots of 16 bits."""
+        apart = self.heads_on_sublanes or self.blocks_on_sublanes or self._as_they_are
+        return self.per_word == 2 and not apart and can_view(self.slots, self.array.shape[-1], self.plan)
+
     def scratch(self) -> Any:
         # Rows are read with a stride, which takes arrays of one register's lanes.
         tiles = self.array.shape[-1] // LANES
         if self.blocks_on_sublanes:
             return pltpu.VMEM((self.slots * tiles, self._window, LANES), jnp.int32)
-        return pltpu.VMEM((tiles, max(self._rows, 1) * self.plan.chunk_blocks, LANES), jnp.int32)
+        blocks = 1 if self._in_place else self.plan.chunk_blocks
+        return pltpu.VMEM((tiles, max(self._rows, 1) * blocks, LANES), jnp.int32)
 
     def read(self, ref: Any, words: Any, step: Step) -> list[jax.Array]:
         """Per slot int32 `[chunk_blocks, T]`, the number in the upper bits. `words` is the scratch."""
@@ -231,7 +245,7 @@ class SlotRows:
                 x = ref[s].astype(jnp.int32) << (32 - bits)
                 for i in range(tiles):
                     words[s * tiles + i] = x[:, i * LANES : (i + 1) * LANES]
-        elif not self._as_they_are:
+        elif not self._as_they_are and not self._in_place:
 
             def piece(first, size):
                 flat = pltpu.bitcast(ref[pl.ds(first, size)].reshape(-1, self.array.shape[-1]), jnp.int32)
@@ -256,7 +270,7 @@ class SlotRows:
             row = jnp.int32(slot // self.per_word)
             shift = jnp.int32((self.per_word - 1 - slot % self.per_word) * bits)
         rows = pl.ds(first * self._rows + row, size, stride=self._rows) if self._rows > 1 else pl.ds(first, size)
-        x = jnp.concatenate([words[i, rows] for i in tiles], axis=1)
+        x = viewed(ref)[rows] if self._in_place else jnp.concatenate([words[i, rows] for i in tiles], axis=1)
         return (x << shift) & jnp.int32(-(1 << (32 - bits)))
 
 
