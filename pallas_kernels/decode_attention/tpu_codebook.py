@@ -225,7 +225,6 @@ class CodebookValues(_Codebook):
     """Values with a scale and zero per token, which the weights take."""
 
     def scratch(self) -> list[Any]:
-        plan = self.plan
         """Table; scale, zero, words of both on the way there, and where the chunk's first block is; slots."""
         plan, rows = self.plan, self._scale_rows
         out = [self._table_scratch()]
