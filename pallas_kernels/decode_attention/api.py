@@ -6,6 +6,7 @@ unless the caller asks for the next one by name.
 
 import importlib
 import importlib.util
+import os
 from typing import Literal
 
 import jax
@@ -114,8 +115,8 @@ def check(k: Format, v: Format, group: int, implementation: Implementation, chip
 
 
 def installed(implementation: Implementation) -> bool:
-    """Whether the packages that an implementation needs are there."""
-    return implementation != "numba_cpu" or importlib.util.find_spec("numba") is not None
+    """Whether the packages that an implementation needs are there, and a system that it is written for."""
+    return implementation != "numba_cpu" or (os.name == "posix" and importlib.util.find_spec("numba") is not None)
 
 
 def _module(implementation: str):
