@@ -16,7 +16,6 @@ What decides the speed (AVX-512, 128 channels, 4 queries; CPU time for keys and 
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +28,7 @@ from pallas_kernels.decode_attention.formats import Format, Partial, Planes, Rot
 from pallas_kernels.decode_attention.numba_products import products
 from pallas_kernels.decode_attention.numba_rows import MANY, ROWS, arrays_of, reader
 from pallas_kernels.decode_attention.numba_softmax import EMPTY, soften
+from pallas_kernels.decode_attention.xla_cpu import cores
 from pallas_kernels.native_cpu import JIT, address, free, malloc, operation, pointer
 
 RADIX = 64  # blocks that a table of angles reaches
@@ -62,7 +62,7 @@ def decode_attention(
     """As `api.decode_attention`, in float32; `chip` and `interpret` are ignored."""
     _, B, N, K, T, H = shape_of(k)
     G = q.shape[2]
-    splits = min(N, -(-ITEMS_PER_CORE * _cores() // (B * K)))
+    splits = min(N, -(-ITEMS_PER_CORE * cores() // (B * K)))
     run = _operation(_one_block(k), _one_block(v), G, rotation is not None)
     angles = [] if rotation is None else _angles(rotation, N, T)
     sizes = jnp.asarray([B, N, K, splits, _digits(N)], jnp.int32)
@@ -74,10 +74,6 @@ def decode_attention(
     top = parts.max.max(2)
     weight = jnp.exp(parts.max - top[:, :, None])
     return Partial((parts.acc * weight[..., None]).sum(2), top, (parts.sum * weight).sum(2))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _digits(blocks: int) -> int:

@@ -99,13 +99,14 @@ def _blocks_at_a_time(x: Format) -> int:
     short context would decode the rest in vain; for one core, if the capacity has them. At least 1."""
     _, B, N, K, T, H = shape_of(x)
     one = max(1, min(CHUNK_ELEMENTS // (B * K * T * H), N))
-    all_cores = min(_cores() * CHUNK_ELEMENTS // (B * K * T * H), N // 4)
+    # Chunks were measured to gain by growing with up to four cores.
+    all_cores = min(min(4, cores()) * CHUNK_ELEMENTS // (B * K * T * H), N // 4)
     return 2 ** int(math.log2(max(one, all_cores)))
 
 
-def _cores() -> int:
-    """Cores that XLA spreads a loop over, as far as chunks were measured to gain by growing with them."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _products(q: jax.Array, keys: jax.Array) -> jax.Array:
