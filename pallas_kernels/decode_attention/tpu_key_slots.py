@@ -10,6 +10,7 @@ queries is made before, in a loop that is nothing but arithmetic: in one loop wi
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -94,7 +95,7 @@ class KeySlots:
             self._add(scratch, first)
 
         together = eights_together(plan)
-        loops = [(turn_slots, turn_queries)]
+        loops: list[tuple[Callable[[jax.Array], None], ...]] = [(turn_slots, turn_queries)]
         if not self._with_keys:
             together = together * 4 // (self._queries * (plan.channels // LANES))
             many = self._queries_together < self._queries  # one loop would spill
