@@ -25,6 +25,10 @@ from jax.experimental.mosaic.gpu import launch_context
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
+# What Mosaic makes of tensor maps is not public: another version of JAX may have it elsewhere.
+if not all(hasattr(launch_context.LaunchContext, name) for name in ("_get_tma_desc", "_alloc_scratch")):
+    pytest.skip(f"JAX {jax.__version__} makes tensor maps in another place", allow_module_level=True)
+
 # Every storage, all head sizes, few and many queries, empty rows and splits, a late first token.
 CASES = [
     ("bf16", "gqa4-h128", "T+1,full", 100),
