@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention import tpu_planes
@@ -128,6 +129,7 @@ def decode_attention(
     key_plan, value_plan = (_unrolled(plan, name, x, chip) for name, x in (("keys", k), ("values", v)))
     keys: Any = CodebookKeys(k, key_plan, rotation, first) if isinstance(k, Codebook) else KEYS[type(k)](k, key_plan)
     values = VALUES[type(v)](v, value_plan)
+    layer = jnp.clip(layer, 0, shape_of(k)[0] - 1)  # as an array's index is; the kernel does not check it
     return decode(q, keys, values, plan, layer, first, last, interpret)
 
 

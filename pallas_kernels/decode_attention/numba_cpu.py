@@ -60,13 +60,15 @@ def decode_attention(
     interpret: Any = False,
 ) -> Partial:
     """As `api.decode_attention`, in float32; `chip` and `interpret` are ignored."""
-    _, B, N, K, T, H = shape_of(k)
+    L, B, N, K, T, H = shape_of(k)
     G = q.shape[2]
     splits = min(N, -(-ITEMS_PER_CORE * cores() // (B * K)))
     run = _operation(_one_block(k), _one_block(v), G, rotation is not None)
     angles = [] if rotation is None else _angles(rotation, N, T)
     sizes = jnp.asarray([B, N, K, splits, _digits(N)], jnp.int32)
-    operands = [sizes, layer.reshape(1), first, last, q, *angles, *arrays_of(k), *arrays_of(v)]
+    # Compiled code checks no index.
+    layer, first, last = jnp.clip(layer, 0, L - 1).reshape(1), jnp.maximum(first, 0), jnp.minimum(last, N * T)
+    operands = [sizes, layer, first, last, q, *angles, *arrays_of(k), *arrays_of(v)]
     shapes = [jax.ShapeDtypeStruct((B, K, splits, G, *rest), jnp.float32) for rest in ((H,), (), ())]
     parts = Partial(*run(shapes, B * K * splits, *operands))
     if splits == 1:
@@ -133,7 +135,7 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
         sizes, layer = _integers(buffers, 0), _integers(buffers, 1)[0]
         B, N, K, S, digits = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
         b, k, s = item // (K * S), item // S % K, item % S
-        first, last = max(_integers(buffers, 2)[b], 0), _integers(buffers, 3)[b]
+        first, last = _integers(buffers, 2)[b], _integers(buffers, 3)[b]
         begin = first // T
         blocks = (last + T - 1) // T - begin if last > first else 0
         scratch = malloc(4 * scratch_size)

@@ -79,7 +79,7 @@ def attend_in_part(
     interpret: Any = False,
 ) -> tuple[Partial, jax.Array]:
     """As `api.attend_in_part`."""
-    _, B, N, K, T, H = shape_of(k)
+    L, B, N, K, T, H = shape_of(k)
     G = q.shape[2]
     rows = -(-G // 8) * 8
     size, count, per_chunk = units(T, N, H)
@@ -147,7 +147,7 @@ def attend_in_part(
         interpret=interpret,
         name="decode_planes",
     )(
-        *(x.astype(jnp.int32).reshape(-1) for x in (layer, first, last)),
+        *(x.astype(jnp.int32).reshape(-1) for x in (jnp.clip(layer, 0, L - 1), first, last)),
         *(key_levels, value_rule, q, known, *k_planes, *v.planes),
     )
     return Partial(acc[:, :, :G], top[:, :, :G, 0], total[:, :, :G, 0]), read[:, :, 0, :count].swapaxes(1, 2)

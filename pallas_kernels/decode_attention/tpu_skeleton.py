@@ -155,7 +155,7 @@ def decode(
         out_shape=[
             jax.ShapeDtypeStruct((batch, heads, plan.rows, width), jnp.float32) for width in (channels, LANES, LANES)
         ],
-        # A check of a copy's bounds costs a dozen scalar instructions; blocks are clamped, and layers are the caller's.
+        # A check of a copy's bounds costs a dozen scalar instructions; blocks and layers are clamped.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), disable_bounds_checks=True
         ),

@@ -111,6 +111,17 @@ def test_without_numba_it_says_what_to_install(monkeypatch):
         api.check(k, k, 1, "numba_cpu", "", False)
 
 
+def test_what_is_out_of_range_is_clamped():
+    arguments, _ = kernel_cases.case("kivi4", "gqa4-h128", "full,0")
+    rest = {name: x for name, x in arguments.items() if name != "rotation"}
+    step, beyond = (
+        jax.jit(attend),
+        {"layer": jnp.int32(1 << 30), "last": rest["last"] * 1000, "first": rest["first"] - 7},
+    )
+    for a, b in zip(step(**rest | beyond), step(**rest)):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_nan_stays_nan():
     arguments, _ = kernel_cases.case("bf16", "gqa4-h128", "T+1,full")
     rest = arguments | {"q": arguments["q"].at[0, 0, 0, 0].set(np.nan)}
