@@ -48,9 +48,15 @@ class Row:
     stride: int
 
     @property
+    def permutation(self) -> tuple[int, str] | None:
+        """What looks the levels up, if rows are whole registers of it."""
+        found = permutation() if self.levels and self.bits <= 4 else None
+        return found if found and math.gcd(found[0], self.channels, self.group) == found[0] else None
+
+    @property
     def width(self) -> int:
-        """Lanes: at most 16 that a row and a group are whole multiples of."""
-        return math.gcd(WIDEST, self.channels, self.group)
+        """Lanes: the permutation's, or at most 16 that a row and a group are whole multiples of."""
+        return self.permutation[0] if self.permutation else math.gcd(WIDEST, self.channels, self.group)
 
     def compile(self) -> Callable:
         """`decode(out, words, after, right, left, levels, scale, zero)` on the addresses of arrays.
@@ -80,8 +86,7 @@ class _Emitter:
     def __init__(self, builder: ir.IRBuilder, row: Row):
         self.b, self.of, width = builder, row, row.width
         self.words, self.floats = ir.VectorType(I32, width), ir.VectorType(F32, width)
-        found = permutation() if row.levels and row.bits <= 4 else None
-        self.permute = found if found and found[0] == width else None
+        self.permute = row.permutation
 
     def row(self, out, words, after, right, left, levels, scale, zero) -> None:
         b = self.b
