@@ -13,6 +13,7 @@ counter at its end, and whoever leaves last frees what they share.
 import ctypes
 import functools
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ NEXT, DONE, USERS, ITEMS, KERNEL, BUFFERS = 0, 8, 16, 24, 32, 40
 
 _kernels = np.zeros((4096, 2), np.int64)  # number and address of each, then zeros; compiled code reads it
 _UNKNOWN = ctypes.create_string_buffer(b"the program calls a kernel that this process has not compiled; trace it here")
-_alive: list[Any] = []  # compiled code whose addresses are there
+_alive: list[Any] = []  # compiled code whose addresses are known to XLA or stand there
+_lock = threading.Lock()  # programs may be traced in several threads
 
 
 def _at(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -245,11 +247,12 @@ def operation(name: str, work: Callable[[int, int], None]) -> Callable[..., Sequ
     Returns:
       `f(shapes, items, *operands)`: results of the shapes (jax.ShapeDtypeStruct); `items` is a Python integer.
     """
-    _register()
-    compiled = numba.cfunc(types.void(types.int64, types.int64), **_CODE)(work)
     number = kernel_number(name)
-    _kernels[len(_alive) - 1] = number, compiled.address
-    _alive.append(compiled)
+    with _lock:
+        _register()
+        compiled = numba.cfunc(types.void(types.int64, types.int64), **_CODE)(work)
+        _kernels[np.count_nonzero(_kernels[:, 0])] = number, compiled.address
+        _alive.append(compiled)
 
     def run(shapes: Sequence[jax.ShapeDtypeStruct], items: int, *operands: jax.Array) -> Sequence[jax.Array]:
         return jax.ffi.ffi_call(TARGET, tuple(shapes))(*operands, items=np.int64(items), kernel=number)
