@@ -160,9 +160,14 @@ def _choose(cache: KVCache, segment: Segment, target: str | None = None) -> tupl
         raise NotImplementedError("dynamic RoPE turns every row by other angles")
     k, v = formats(segment)
     group = cache.shape.q_heads // cache.shape.kv_heads
-    if name == "xla_cpu" and cache.capacity >= NATIVE_TOKENS and api.installed("numba_cpu"):
-        name = "numba_cpu"
-    api.check(k, v, group, name, chip, segment.k_codec.pre_rope)
+    rotates = segment.k_codec.pre_rope
+    if name == "xla_cpu" and cache.capacity >= NATIVE_TOKENS:
+        try:
+            api.check(k, v, group, "numba_cpu", chip, rotates)
+            name = "numba_cpu"
+        except NotImplementedError:
+            pass  # without numba, and for what only XLA's kernel reads
+    api.check(k, v, group, name, chip, rotates)
     if isinstance(k, Planes) or isinstance(v, Planes):
         k, v = _in_runs(cache, name, k, v)
     return name, k, v
@@ -281,7 +286,7 @@ def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -
 
 def _faster(cache: KVCache, name: api.Implementation) -> str:
     """What would make decode steps faster, where something is missing."""
-    if name != "xla_cpu" or cache.capacity < NATIVE_TOKENS:
+    if name != "xla_cpu" or cache.capacity < NATIVE_TOKENS or api.installed("numba_cpu"):
         return ""
     return " (numba_cpu is faster: install the extra `cpu`)"
 

@@ -21,7 +21,7 @@ from kvjax.model.rope import make_rope
 from kvjax.policy import preset
 from kvjax.sharding import make_mesh
 from kvjax.striped import Stripe
-from pallas_kernels.decode_attention import api
+from pallas_kernels.decode_attention import api, numba_cpu
 from pallas_kernels.decode_attention.formats import shape_of
 from pallas_kernels.decode_attention.reference import dequantize
 
@@ -174,16 +174,17 @@ def test_long_contexts_on_cpu_are_compiled_by_numba_where_it_is(model, on_cpu, m
 
     assert "numba_cpu in decode steps," in explain(fused.NATIVE_TOKENS)
     assert "xla_cpu in decode steps," in explain(fused.NATIVE_TOKENS // 2)
+    with monkeypatch.context() as refusing:
+        refusing.setattr(numba_cpu, "ROWS", 1000)  # no block is a multiple of so many tokens
+        assert "xla_cpu in decode steps," in explain(fused.NATIVE_TOKENS)
     monkeypatch.setattr(api, "installed", lambda name: name != "numba_cpu")
     assert "xla_cpu in decode steps (numba_cpu is faster: install the extra `cpu`)," in explain(fused.NATIVE_TOKENS)
 
 
 def test_numbas_kernel_on_every_device_of_a_mesh(on_cpu, monkeypatch):
     """Two rows of different lengths over eight devices, against XLA's kernel on one."""
-    shape, policy = (
-        decode.CacheShape(1, 8, 4, 32, make_rope(32, 512)),
-        make_policy(preset("kvquant3"), 1, 4, 32, "kvquant3"),
-    )
+    shape = decode.CacheShape(1, 8, 4, 32, make_rope(32, 512))
+    policy = make_policy(preset("kvquant3"), 1, 4, 32, "kvquant3")
     rng = np.random.default_rng(0)
     k, v = (jnp.asarray(x) for x in (random_kv(rng, 2, 100, 4, 32), random_kv(rng, 2, 100, 4, 32)))
     q, counts = jnp.asarray(random_kv(rng, 2, 1, 8, 32)), jnp.asarray([100, 70], jnp.int32)
@@ -221,6 +222,7 @@ def test_a_query_ten_million_tokens_after_its_keys(model, path, monkeypatch):
         cache, target=path if path == "reference" else "cpu", length=jnp.full(3, cache.capacity, jnp.int32)
     )
     shape, segment, start = cache.shape, cache.segments[0], np.asarray([10**7 - 1, 10**7 + 1, 9_999_001], np.int32)
+    assert (fused.kernel(cache, segment) is None) == (path == "reference")
     assert f"{path} in decode steps" in fused.explain(cache) or path == "reference"
     q = np.random.default_rng(1).standard_normal((3, 1, shape.kv_heads, 2, shape.head_dim)).astype(np.float32)
 
