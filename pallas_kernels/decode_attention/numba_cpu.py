@@ -1,18 +1,18 @@
-"""Decode attention on CPU, compiled by numba: packed words are read once, and what is decoded never leaves the cache.
+"""Decode attention on CPU, compiled by numba: packed words are read once, and what is decoded never leaves registers.
 
 XLA on CPU fuses neither unpacking nor look-ups into a product, so that jnp (`xla_cpu`) writes every decoded tile to
-memory and reads it several times. Here one loop takes a block of a head from packed words to softmax sums: a few tokens
-are decoded into a tile of a few KiB, and multiplied there; keys that are stored before RoPE are turned on the way. A
-call is shared out over XLA's threads by rows, heads and splits of the context.
+memory and reads it several times. Here one loop takes a block of a head from packed words to softmax sums. A call is
+shared out over XLA's threads by rows, heads and splits of the context.
 
 What decides the speed (AVX-512, 128 channels, 4 queries; CPU time for keys and values of 32,768 tokens and 8 heads):
 
-* Levels are looked up by permutations of a register (`numba_vectors`): with a tree of selects kvquant4 took 33 ms and
-  not 19, kvquant3 27 and not 21.
-* Array views of numba count references, atomically, where they own memory: a tile by `malloc` took 0.16 ns per element
-  and not 0.21. A call per tile and not per row saves handing over arrays (kvquant4 21.4 -> 19.6 ms).
+* Numbers meet all queries where they are looked up. Through tiles in the first-level cache, with sums of 16 lanes made
+  one by one, kvquant3 took 21 ms, kvquant4 19 and kivi4 17, and without the next point they still do.
+* The next block of a head is asked for while this one is read, register by register: blocks of a few KiB lie too far
+  apart for the processor to foresee. kvquant3 22 -> 14.5, kvquant4 20 -> 13.8, kivi4 18 -> 11; bf16 19 as before.
+* Levels are looked up by permutations of a register (`numba_vectors`). With AVX2's kvquant4 takes 18 ms; with a tree of
+  selects and registers of 4 lanes 50.
 * Tables of cos and sin for 32, 64 or 128 tokens: the same time, so one for a block's tokens.
-* Prefetching the next tile's words took 1 to 9 % off, less than it added to the code.
 """
 
 import functools
@@ -24,10 +24,23 @@ import jax.numpy as jnp
 import numba
 from numba import carray, float32, int32, int64
 
-from pallas_kernels.decode_attention.formats import Format, Partial, Planes, Rotation, describe, joined_heads, shape_of
-from pallas_kernels.decode_attention.numba_products import products
-from pallas_kernels.decode_attention.numba_rows import MANY, ROWS, arrays_of, reader
+from pallas_kernels import packing
+from pallas_kernels.decode_attention.formats import (
+    Affine,
+    Codebook,
+    Format,
+    Partial,
+    Planes,
+    Rotation,
+    describe,
+    joined_heads,
+    shape_of,
+)
+from pallas_kernels.decode_attention.numba_constants import MANY, arrays_of
+from pallas_kernels.decode_attention.numba_keys import keys
 from pallas_kernels.decode_attention.numba_softmax import EMPTY, soften
+from pallas_kernels.decode_attention.numba_values import values
+from pallas_kernels.decode_attention.numba_vectors import SMALLEST
 from pallas_kernels.decode_attention.xla_cpu import cores
 from pallas_kernels.native_cpu import JIT, address, free, malloc, operation, pointer
 
@@ -37,14 +50,39 @@ ITEMS_PER_CORE = 4  # so that cores finish together
 
 def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
     """Raises NotImplementedError, in words, for bit planes and for what only other backends have."""
-    for fmt in (k, v):
-        if isinstance(fmt, Planes):
-            raise NotImplementedError(f"numba_cpu does not read {describe(fmt)}")
     if joined_heads(k) > 1:
         raise NotImplementedError("numba_cpu does not read heads side by side, which are for TPU")
-    tokens = shape_of(k)[4]
-    if tokens % ROWS:
-        raise NotImplementedError(f"numba_cpu takes blocks of a multiple of {ROWS} tokens, not {tokens}")
+    for fmt, why in ((k, _keys_refusal(k, rotates)), (v, _values_refusal(v))):
+        if isinstance(fmt, Planes):
+            raise NotImplementedError(f"numba_cpu does not read {describe(fmt)}")
+        if why:
+            raise NotImplementedError(f"numba_cpu does not read {describe(fmt)}: {why}")
+
+
+def _keys_refusal(k: Format, rotates: bool) -> str:
+    """Why not, or nothing."""
+    part = shape_of(k)[5] // (2 if rotates else 1)
+    if isinstance(k, Affine):
+        fields = packing.codes_per_cell(k.bits)
+        if rotates:
+            return "it does not rotate uniform codes"
+        if k.along == "tokens" and fields % k.groups:
+            return f"{k.groups} groups of tokens do not divide the {fields} fields of a cell"
+        part //= 1 if k.along == "tokens" else k.groups
+    if isinstance(k, Codebook) and k.per == "token" and rotates:
+        return "it does not rotate keys with a scale per token"
+    return _width_refusal(part)
+
+
+def _values_refusal(v: Format) -> str:
+    """Why not, or nothing."""
+    if (isinstance(v, Affine) and v.along == "tokens") or (isinstance(v, Codebook) and v.per == "channel"):
+        return "scales of values are taken per token"
+    return _width_refusal(shape_of(v)[5] // (v.groups if isinstance(v, Affine) else 1))
+
+
+def _width_refusal(channels: int) -> str:
+    return "" if channels % SMALLEST == 0 else f"{channels} channels at a time do not fill registers of {SMALLEST}"
 
 
 def decode_attention(
@@ -122,12 +160,10 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
     within = 6 if rotates else 0  # where no angles are, nothing is read there
     first_value = first_key + len(arrays_of(k))
     first_result = first_value + len(arrays_of(v))
-    keys, values = reader(k, first_key), reader(v, first_value)
-    prepare_keys, read_keys, key_tiles, key_rows, key_step = keys.code
-    prepare_values, read_values, value_tiles, value_rows, value_step = values.code
-    multiply, add = products(group, H, key_rows, value_rows, rotates)
-    rows, key_size, value_size = max(key_rows, value_rows), keys.meta_size, values.meta_size
-    scratch_size = (rows + 2 * group + 1) * H + group * (T + 2) + key_size + value_size
+    scored, added = keys(k, first_key, group, rotates), values(v, first_value, group)
+    prepare_keys, score, prepare_values, add = scored.prepare, scored.score, added.prepare, added.add
+    key_size, value_size = scored.meta_size, added.meta_size
+    scratch_size = (2 * group + 1) * H + group * (T + 2) + key_size + value_size
     turn_queries = _turn_queries(group, H) if rotates else _nothing
 
     def work(buffers, item):
@@ -140,7 +176,6 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
         blocks = (last + T - 1) // T - begin if last > first else 0
         scratch = malloc(4 * scratch_size)
         memory = carray(pointer(scratch, float32), (scratch_size,))
-        tile, memory = memory[: rows * H].reshape((rows, H)), memory[rows * H :]
         q, memory = memory[: group * H].reshape((group, H)), memory[group * H :]
         acc, memory = memory[: group * H].reshape((group, H)), memory[group * H :]
         scores, memory = memory[: group * T].reshape((group, T)), memory[group * T :]
@@ -155,17 +190,13 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
                 acc[g, h], q[g, h] = 0, queries[g, h]
         for n in range(begin + blocks * s // S, begin + blocks * (s + 1) // S):
             block = (layer * B + b) * N + n
-            at = (block * K + k, block, layer, layer * K + k)
+            at = (block * K + k, block, layer, layer * K + k, K)
             turn_queries(q, queries, angle, b, n, digits, buffers)
             prepare_keys(key_meta, buffers, at)
-            for i in range(key_tiles):
-                token = read_keys(tile, i, key_meta, buffers, at)
-                multiply(scores, token, key_step, q, tile, angles)
+            score(scores, q, angles, key_meta, buffers, at)
             soften(scores, first - n * T, last - n * T, top, total, acc)
             prepare_values(value_meta, buffers, at)
-            for i in range(value_tiles):
-                token = read_values(tile, i, value_meta, buffers, at)
-                add(acc, scores, token, value_step, tile)
+            add(acc, scores, value_meta, buffers, at)
         for g in range(group):
             place = item * group + g
             for h in range(H):

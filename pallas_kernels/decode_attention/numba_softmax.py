@@ -5,7 +5,7 @@ import math
 import numba
 import numpy as np
 
-from pallas_kernels.decode_attention.numba_rows import float_of, shifted_left
+from pallas_kernels.decode_attention.numba_constants import float_of, shifted_left
 from pallas_kernels.native_cpu import JIT
 
 EMPTY = np.float32(-1e30)  # as the reference has it

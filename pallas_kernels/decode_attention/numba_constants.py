@@ -1,0 +1,152 @@
+"""Scales, zeros, levels and slots of a block as float32, compiled by numba: `meta`, one after the other."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import carray, float32, types, uint16
+from numba.extending import intrinsic
+
+from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, shape_of
+from pallas_kernels.native_cpu import JIT, address, pointer
+
+MANY = 1 << 60  # elements of an array whose size the code does not need
+LEVELS = 16  # of a codebook, repeated to so many
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """What stands in `meta`.
+
+    Attributes:
+      per: what a scale and a zero belong to; nothing where there are none.
+      groups: of tokens or channels, each with `size` scales, and then as many zeros.
+      levels: after them.
+      slots: residuals `[slots, T]` after these.
+      total: elements of `meta`.
+      prepare: `prepare(meta, buffers, at)` writes them. `at` says where the block is: its number among all `[L, B, N,
+        K]`, among those that heads share `[L, B, N]`, the number of its layer `[L]` and of its layer and head `[L, K]`,
+        and K.
+    """
+
+    per: str
+    groups: int
+    size: int
+    levels: int
+    slots: int
+    total: int
+    prepare: Callable
+
+
+def arrays_of(fmt: Format) -> list[jax.Array]:
+    """What is read of a format, in the order of the compiled functions' `buffers`."""
+    if isinstance(fmt, Dense):
+        return [fmt.values]
+    if isinstance(fmt, Affine):
+        return [fmt.codes, fmt.scale, fmt.zero]
+    assert isinstance(fmt, Codebook)
+    return [fmt.codes, fmt.levels, fmt.scale, fmt.zero] + ([fmt.slot_channel, fmt.slot_residual] if fmt.slots else [])
+
+
+def constants(fmt: Format, first: int) -> Constants:
+    """Of a format whose arrays are those from number `first` on."""
+    if isinstance(fmt, Dense):
+        return Constants("", 0, 0, 0, 0, 0, _nothing)
+    if isinstance(fmt, Affine):
+        *_, groups, size = fmt.scale.shape
+        per = "channel" if fmt.along == "tokens" else "token"
+        return Constants(per, groups, size, 0, 0, 2 * groups * size, _of_affine(fmt, first + 1))
+    assert isinstance(fmt, Codebook)
+    size = fmt.scale.shape[-1]
+    total = 2 * size + LEVELS + fmt.slots * shape_of(fmt)[4]
+    return Constants(fmt.per, 1, size, LEVELS, fmt.slots, total, _of_codebook(fmt, first + 1))
+
+
+def _bits(build: Callable) -> Any:
+    """A function of two uint32 with an int32 result; numba's own operators make 64 bits of 32."""
+
+    def typed(typing, a, b):
+        return types.int32(types.uint32, types.uint32), lambda context, builder, _, args: build(builder, *args)
+
+    return intrinsic(typed)
+
+
+shifted_left = _bits(ir.IRBuilder.shl)
+
+
+@intrinsic
+def float_of(typing, bits):
+    """The float32 whose bits these are."""
+    return types.float32(types.int32), lambda context, builder, _, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def bits_of(typing, x):
+    return types.int32(types.float32), lambda context, builder, _, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@numba.njit(**JIT)
+def half(bits):
+    """float16 bits as float32; what is not finite becomes finite."""
+    # The exponent's bias differs by 112; a product puts subnormal numbers right too.
+    value = float_of(shifted_left(bits & np.uint16(0x7FFF), 13)) * np.float32(2.0**112)
+    return float_of(bits_of(value) | shifted_left(bits & np.uint16(0x8000), 16))
+
+
+@numba.njit(**JIT)
+def floats(out, bits, brain):
+    """16-bit floats as float32; `brain`: bfloat16, else float16."""
+    if brain:
+        for i in range(out.size):
+            out[i] = float_of(shifted_left(bits[i], 16))
+    else:
+        for i in range(out.size):
+            out[i] = half(bits[i])
+
+
+@numba.njit(**JIT)
+def _nothing(meta, buffers, at):
+    """Numbers are stored as they are."""
+
+
+def _of_affine(fmt: Affine, first: int) -> Callable:
+    shared, brain = fmt.scale.shape[3] == 1 and fmt.codes.shape[3] > 1, fmt.dtype == "bfloat16"
+    size = fmt.scale.shape[-2] * fmt.scale.shape[-1]
+
+    @numba.njit(**JIT)
+    def prepare(meta, buffers, at):
+        block = at[1] if shared else at[0]
+        for n in range(2):
+            numbers = carray(pointer(address(buffers, first + n), uint16), (MANY,))
+            floats(meta[n * size : (n + 1) * size], numbers[block * size : (block + 1) * size], brain)
+
+    return prepare
+
+
+def _of_codebook(fmt: Codebook, first: int) -> Callable:
+    per_channel, count, size, T = fmt.per == "channel", 2**fmt.bits, fmt.scale.shape[-1], shape_of(fmt)[4]
+    slots = fmt.slots
+
+    @numba.njit(**JIT)
+    def prepare(meta, buffers, at):
+        for n in range(2):
+            out = meta[n * size : (n + 1) * size]
+            if per_channel:
+                fitted = carray(pointer(address(buffers, first + 1 + n), float32), (MANY,))
+                for h in range(size):
+                    out[h] = fitted[at[3] * size + h]
+            else:
+                numbers = carray(pointer(address(buffers, first + 1 + n), uint16), (MANY,))
+                floats(out, numbers[at[1] * size : (at[1] + 1) * size], False)
+        levels = carray(pointer(address(buffers, first), float32), (MANY,))
+        for j in range(LEVELS):
+            meta[2 * size + j] = levels[at[2] * count + j % count]
+        if slots:
+            residuals = carray(pointer(address(buffers, first + 4), uint16), (MANY,))[at[0] * slots * T :]
+            floats(meta[2 * size + LEVELS :], residuals[: slots * T], False)
+
+    return prepare
