@@ -48,14 +48,14 @@ WARPS = ROWS // DEPTH
 BEFORE = 16  # blocks by which a chunk may start before block 0
 
 
-def plan(k: Codebook, group: int, interpret: Any, splits: int | None) -> Plan:
+def plan(k: Codebook, group: int, interpret: Any) -> Plan:
     """Rows are cells; at 3 bits those of a quarter of the blocks that would fill a tile, four times."""
     *_, tokens, channels = shape_of(k)
     cells = tokens // codes_per_cell(k.bits)
     # Large heads' words, and outliers beside the tables of 2 bits, leave room for half a chunk.
     halved = channels > 128 or (k.bits == 2 and k.slots)
     groups = 4 if k.bits == 3 else 2 if halved and cells <= 32 else 1
-    sizes = gpu_skeleton.plan(k, group, (cells,), interpret, splits, groups)
+    sizes = gpu_skeleton.plan(k, group, (cells,), interpret, groups)
     return dataclasses.replace(sizes, alive=64)
 
 

@@ -5,6 +5,7 @@ here. Nothing is gained by larger runs: a block's planes are 16, 8 and 8 KiB (12
 words lie along tokens ("channels") as of values in "words".
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,8 +15,6 @@ import numpy as np
 from pallas_kernels.decode_attention.formats import Format, Partial, Planes, shape_of
 
 TOKENS = 128
-SPLIT_TOKENS = 2048
-PROGRAMS = {8: 528, 16: 528, 32: 264}  # by columns: what there is room for at once, or twice as many
 
 
 def refusal(k: Format, v: Format) -> str:
@@ -39,12 +38,16 @@ def run(k: Format) -> int:
 
 def plan(k: Planes, v: Planes, group: int, interpret: Any, splits: int | None = None):
     from pallas_kernels.decode_attention.gpu_planes_kernel import Plan
+    from pallas_kernels.decode_attention.gpu_waves import programs_at_once, splits_in_waves
 
     _, batch, blocks, heads, _, channels = shape_of(k)
     columns = 8 if group <= 4 else 16 if group <= 8 else 32
+    sizes = Plan(batch, heads, blocks, channels, columns, 1, v.levels is None, interpret)
     if splits is None:
-        splits = max(1, min(-(-PROGRAMS[columns] // (batch * heads)), blocks * TOKENS // SPLIT_TOKENS))
-    return Plan(batch, heads, blocks, channels, columns, splits, v.levels is None, interpret)
+        # With 8 columns a thread takes 161 registers, and a multiprocessor has room for three programs.
+        at_once = programs_at_once(sizes.shared(), 3 if columns == 8 else 2)
+        splits = splits_in_waves(batch * heads, at_once, blocks * TOKENS)
+    return dataclasses.replace(sizes, splits=splits)
 
 
 def attend_in_part(

@@ -7,7 +7,7 @@ A program takes one row, one kv head and one split of its blocks, block by block
     wait for the values; add P V
 
 Each plane has a barrier of its own, which is waited for where its copy was started, and nowhere else. Meanwhile the
-other programs of the multiprocessor compute: there are three.
+other programs of the multiprocessor compute: there are three, or two if their queries are more than four.
 
 A value's level depends on its own score: the maximum m and sum l of what the program has seen so far, with what the
 caller knows of other tokens, bound its probability from above, exp(s - m) / l, which is compared with the `limits` of
@@ -55,7 +55,7 @@ class Plan:
         return -(-self.channels // ROWS)
 
     def scratch(self) -> list:
-        """Shared memory: planes of keys and of values, queries, weights, two numbers per column."""
+        """Shared memory: planes of keys and of values, queries, weights, two numbers per column; barriers."""
         keys, values = (
             [plgpu.SMEM(shape, jnp.uint32, transforms=tiles.LINES) for shape in shapes]
             for shapes in tiles.shapes(self.channels)
@@ -66,6 +66,9 @@ class Plan:
         column = plgpu.SMEM((self.columns,), f32)
         planes = plgpu.Barrier(num_arrivals=1, num_barriers=len(PLANES))
         return [keys, values, q, p, column, column, planes, planes, plgpu.Barrier(num_arrivals=3)]
+
+    def shared(self) -> list:
+        return [x for x in jax.tree.leaves(self.scratch()) if not isinstance(x, plgpu.Barrier)]
 
     def results(self) -> list:
         """One program's answer, and of all programs of a row and head the levels that values were read to."""

@@ -47,17 +47,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.formats import Format, Partial, shape_of
 from pallas_kernels.decode_attention.gpu_tiles import COLUMN, ROWS, full, over_rows
+from pallas_kernels.decode_attention.gpu_waves import programs_at_once, splits_in_waves
 from pallas_kernels.decode_attention.reference import EMPTY
 
 LOG2E = 1.4426950408889634
-SPLIT_TOKENS = 2048  # what starts and ends a program (tables of levels, its answer of 4 KiB) is little beside so many
-PROGRAMS = 528  # two for each of two that a multiprocessor of an H100 holds (132 of them)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Static sizes of a call: those of the storage, then R, the columns and how many of them queries fill, splits,
-    chunks in flight; `groups` as above, and the registers that scores may take at once (`columns / 2` per plane)."""
+    """Static sizes of a call: those of the storage, then R, the columns and how many of them queries fill, chunks in
+    flight; `groups` as above, and the registers that scores may take at once (`columns / 2` per plane)."""
 
     layers: int
     batch: int
@@ -68,7 +67,6 @@ class Plan:
     rows: int
     columns: int
     queries: int
-    splits: int
     slots: int
     interpret: Any
     groups: int
@@ -141,26 +139,23 @@ def flat(plan: Plan, x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, short), *((0, 0),) * (x.ndim - 1))) if short else x
 
 
-def plan(
-    k: Format, group: int, word_rows: tuple[int, int], interpret: Any, splits: int | None = None, groups: int = 1
-) -> Plan:
+def plan(k: Format, group: int, word_rows: tuple[int, ...], interpret: Any, groups: int = 1) -> Plan:
     layers, batch, blocks, heads, tokens, channels = shape_of(k)
     rows = min(ROWS, *word_rows)
-    if splits is None:
-        splits = max(1, min(-(-PROGRAMS // (batch * heads)), blocks * tokens // SPLIT_TOKENS))
     columns, alive = 8 if group <= 8 else 16, 64 if channels <= 128 else 8
-    return Plan(
-        layers, batch, heads, blocks, tokens, channels, rows, columns, group, splits, 1, interpret, groups, alive
-    )
+    return Plan(layers, batch, heads, blocks, tokens, channels, rows, columns, group, 1, interpret, groups, alive)
 
 
-def attend(plan: Plan, keys, values, k: Format, v: Format, q, layer, first, last) -> Partial:
-    """`q [B, K, G, H]` float32 times the softmax scale, to a Partial."""
+def attend(plan: Plan, keys, values, k: Format, v: Format, q, layer, first, last, splits: int | None = None) -> Partial:
+    """`q [B, K, G, H]` float32 times the softmax scale, to a Partial; `splits`: if not as many as suit."""
+    if splits is None:
+        at_once = programs_at_once([*keys.scratch(), *values.scratch()])
+        splits = splits_in_waves(plan.batch * plan.heads, at_once, plan.blocks * plan.tokens)
     group = q.shape[2]
     padding = ((0, 0), (0, 0), (0, plan.columns - group), (0, 0))
     inputs = [keys.arrays(k, jnp.pad(q, padding)), values.arrays(v)]
     scalars = [x.astype(jnp.int32).reshape(-1) for x in (layer, first, last)]
-    *results, top, total = _call(plan, keys, values, scalars, inputs)
+    *results, top, total = _call(plan, splits, keys, values, scalars, inputs)
     # Columns that no query fills go first, or XLA makes kernels of their own for that.
     return merged(lambda weight: values.merge(results, weight), top[..., :group], total[..., :group])
 
@@ -187,9 +182,9 @@ def joined(x: jax.Array, weight: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, [x[:, :, i] * weight[:, :, i] for i in range(x.shape[2])])
 
 
-def _call(plan: Plan, keys, values, scalars, inputs):
+def _call(plan: Plan, splits: int, keys, values, scalars, inputs):
     counts = [3, len(inputs[0]), len(inputs[1])]
-    per_split = (plan.batch, plan.heads, plan.splits)
+    per_split = (plan.batch, plan.heads, splits)
     answer = [*values.results(), *[jax.ShapeDtypeStruct((plan.columns,), jnp.float32)] * 2]
     outs = [jax.ShapeDtypeStruct((*per_split, *x.shape), x.dtype) for x in answer]
     scratch = [keys.scratch(), values.scratch()]
@@ -200,7 +195,7 @@ def _call(plan: Plan, keys, values, scalars, inputs):
         for n in counts:
             parts.append(refs[i : i + n])
             i += n
-        _program(plan, keys, values, *parts, *refs[i:])
+        _program(plan, splits, keys, values, *parts, *refs[i:])
 
     barriers = [
         plgpu.Barrier(num_arrivals=keys.copies(), num_barriers=plan.slots),
@@ -210,7 +205,7 @@ def _call(plan: Plan, keys, values, scalars, inputs):
     kernel = plgpu.kernel(
         body,
         out_type=outs,
-        grid=(plan.splits, plan.heads, plan.batch),
+        grid=(splits, plan.heads, plan.batch),
         grid_names=("split", "head", "row"),
         scratch_types=[*scratch[0], *scratch[1], *barriers],
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -219,13 +214,13 @@ def _call(plan: Plan, keys, values, scalars, inputs):
     return kernel(*scalars, *inputs[0], *inputs[1])
 
 
-def _program(plan: Plan, keys, values, scalars, k_src, v_src, outs, k_dst, v_dst, k_bar, v_bar, q_bar):
+def _program(plan: Plan, splits: int, keys, values, scalars, k_src, v_src, outs, k_dst, v_dst, k_bar, v_bar, q_bar):
     layer_ref, first_ref, last_ref = scalars
     split, head, row = (lax.axis_index(n) for n in ("split", "head", "row"))
     first, last = jnp.maximum(first_ref[row], 0), jnp.minimum(last_ref[row], plan.blocks * plan.tokens)
     low, high = first // plan.tokens, -(-last // plan.tokens)
     chunks = jnp.where(last > first, -(-(high - low) // plan.run), 0)
-    share = -(-chunks // plan.splits)
+    share = -(-chunks // splits)
     begin, end = split * share, jnp.minimum((split + 1) * share, chunks)
     base = (layer_ref[0] * plan.batch + row) * plan.blocks
     program = At(layer_ref[0], row, head, base)

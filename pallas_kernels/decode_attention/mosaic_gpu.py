@@ -41,7 +41,7 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
         why = _codebook_refusal(k, v, rotates)
         if why:
             raise NotImplementedError(f"The Hopper kernel does not read {describe(k)} with {describe(v)}: {why}.")
-        _fits(k, v, _codebooks(k, v, group, None, None)[1:])
+        _fits(k, v, decoders(k, v, group)[1:])
         return
     if rotates:
         raise NotImplementedError("The Hopper kernel does not rotate keys that are stored before RoPE in this format.")
@@ -55,11 +55,11 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
         why = _refusal(fmt, name)
         if why:
             raise NotImplementedError(f"The Hopper kernel does not read {name} of {describe(fmt)}: {why}.")
-    _fits(k, v, _decoders(k, v, group)[1:])
+    _fits(k, v, decoders(k, v, group)[1:])
 
 
-def _fits(k: Format, v: Format, decoders) -> None:
-    needed = _bytes(decoders)
+def _fits(k: Format, v: Format, sides) -> None:
+    needed = _bytes(sides)
     if needed > SHARED_BYTES:
         raise NotImplementedError(
             f"The Hopper kernel needs {-(-needed >> 10)} KiB of shared memory for keys of {describe(k)} and values of "
@@ -67,9 +67,9 @@ def _fits(k: Format, v: Format, decoders) -> None:
         )
 
 
-def _bytes(decoders) -> int:
+def _bytes(sides) -> int:
     """Of shared memory."""
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for d in decoders for x in d.scratch())
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for d in sides for x in d.scratch())
 
 
 def _codebook_refusal(k: Format, v: Format, rotates: bool) -> str:
@@ -111,8 +111,13 @@ def _size(fmt: Affine) -> int:
 
 def chunk_tokens(k: Format, v: Format, group: int) -> int:
     """Tokens that the kernel's loop takes at a time."""
-    decoders = _codebooks(k, v, group, None, None) if isinstance(k, Codebook) else _decoders(k, v, group)
-    return decoders[0].run * decoders[0].tokens
+    plan, _, _ = decoders(k, v, group)
+    return plan.run * plan.tokens
+
+
+def decoders(k: Format, v: Format, group: int) -> tuple:
+    """The plan, keys and values of a storage, for their sizes."""
+    return _codebooks(k, v, group, None, None) if isinstance(k, Codebook) else _decoders(k, v, group)
 
 
 def decode_attention(
@@ -134,17 +139,17 @@ def decode_attention(
     if isinstance(k, Planes) and isinstance(v, Planes):
         return attend_in_part(q, k, v, layer, first, last, interpret=interpret, splits=splits)[0]
     if isinstance(k, Codebook):
-        plan, keys, values = _codebooks(k, v, q.shape[2], layer, rotation, interpret, splits)
+        plan, keys, values = _codebooks(k, v, q.shape[2], layer, rotation, interpret)
     else:
-        plan, keys, values = _decoders(k, v, q.shape[2], interpret, splits)
-    return gpu_skeleton.attend(plan, keys, values, k, v, q, layer, first, last)
+        plan, keys, values = _decoders(k, v, q.shape[2], interpret)
+    return gpu_skeleton.attend(plan, keys, values, k, v, q, layer, first, last, splits)
 
 
 attend_in_part = gpu_planes.attend_in_part
 run = gpu_planes.run
 
 
-def _decoders(k: Any, v: Any, group: int, interpret: Any = None, splits: int | None = None):
+def _decoders(k: Any, v: Any, group: int, interpret: Any = None):
     from pallas_kernels.decode_attention import gpu_affine, gpu_dense, gpu_skeleton
 
     module = {Dense: gpu_dense, Affine: gpu_affine}
@@ -157,7 +162,7 @@ def _decoders(k: Any, v: Any, group: int, interpret: Any = None, splits: int | N
         planes, groups = tokens // min(rows), min(4, 64 // min(64, *rows))
         while groups > 1 and planes // groups * 2 <= most:
             groups //= 2
-    plan = gpu_skeleton.plan(k, group, rows, interpret, splits, groups)
+    plan = gpu_skeleton.plan(k, group, rows, interpret, groups)
     keys: Any
     values: Any
     if isinstance(k, Dense):
@@ -173,10 +178,10 @@ def _decoders(k: Any, v: Any, group: int, interpret: Any = None, splits: int | N
     return plan, keys, values
 
 
-def _codebooks(k: Codebook, v: Codebook, group: int, layer, rotation, interpret: Any = None, splits: int | None = None):
+def _codebooks(k: Codebook, v: Codebook, group: int, layer, rotation, interpret: Any = None):
     from pallas_kernels.decode_attention import gpu_codebook_keys, gpu_codebook_values
 
-    plan = gpu_codebook_keys.plan(k, group, interpret, splits)
+    plan = gpu_codebook_keys.plan(k, group, interpret)
     for shared in (True, False):  # tables in shared memory where there is room
         keys = gpu_codebook_keys.CodebookKeys(plan, k.bits, k.slots, layer, rotation, v.levels, shared)
         values = gpu_codebook_values.CodebookValues(plan, v.bits, v.slots, shared)

@@ -106,7 +106,7 @@ def in_shared_memory(words):
 )
 def test_registers_are_the_words_that_the_plain_form_has(rows, groups, channels):
     bits = 4  # how many codes a word has makes no difference here
-    sizes = (1, 1, 1, 1, 128, channels, rows, 8, 8, 1, 1)
+    sizes = (1, 1, 1, 1, 128, channels, rows, 8, 8, 1)
     plan = Plan(*sizes, None, groups, 64)
     emitted, plain = Words(plan, bits), gpu_words.Words(dataclasses.replace(plan, interpret=True), bits)
     words = np.random.default_rng(rows).integers(0, 2**32, (plan.run, rows, channels), dtype=np.uint32)
