@@ -13,17 +13,18 @@ side as columns. Zeros: of keys per channel, one more row of each group's tile; 
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.formats import Affine
+from pallas_kernels.decode_attention.gpu_answers import store_tile
 from pallas_kernels.decode_attention.gpu_dense import normalised
-from pallas_kernels.decode_attention.gpu_skeleton import At, Plan, flat, joined, load_column
+from pallas_kernels.decode_attention.gpu_skeleton import At, Plan, flat, load_column
 from pallas_kernels.decode_attention.gpu_tiles import (
     ROW,
     ROWS,
@@ -36,7 +37,7 @@ from pallas_kernels.decode_attention.gpu_tiles import (
     swizzled,
 )
 from pallas_kernels.decode_attention.gpu_wgmma import multiply, settle, store
-from pallas_kernels.decode_attention.gpu_words import Words, contract, spread, value_rows
+from pallas_kernels.decode_attention.gpu_words import Words, contract, spread, value_channel
 
 f32, f16, u16, u32 = jnp.float32, jnp.float16, jnp.uint16, jnp.uint32
 
@@ -296,24 +297,11 @@ class ValuesPerToken:
             out.append(total)
         return out
 
-    def results(self) -> list:
-        p = self.plan
-        tile = jax.ShapeDtypeStruct((ROWS, self.beside * p.columns), f32)
-        return [tile] * (p.padded // ROWS) + [jax.ShapeDtypeStruct((p.columns,), f32)] * self.groups
-
-    def finish(self, state) -> list:
+    def store(self, ref, state) -> None:
         tiles, zeros = state
-        return [*tiles, *(jnp.sum(z, axis=0) for z in zeros)]
-
-    def merge(self, results: list, weight: jax.Array) -> jax.Array:
-        plan, group = self.plan, weight.shape[-1]
-        count = plan.padded // ROWS
-        order = np.argsort(value_rows(np.arange(plan.padded)))
-        tiles = [x.reshape(*x.shape[:-1], self.beside, plan.columns)[..., :group] for x in results[:count]]
-        acc = jnp.concatenate([joined(x, weight) for x in tiles], axis=2)[:, :, order]
-        # The columns of each channel's own group.
-        rows = jnp.split(acc, max(1, plan.padded // self.group), axis=2) if self.beside > 1 else [acc]
-        acc = jnp.concatenate([x[..., i % self.beside, :] for i, x in enumerate(rows)], axis=2)
-        acc = acc[:, :, : plan.channels].swapaxes(-1, -2)
-        zeros = jnp.stack([joined(z[..., :group], weight) for z in results[count:]], axis=-1)
-        return acc + jnp.repeat(zeros, self.group, axis=-1)
+        zeros = [jnp.sum(z, axis=0) for z in zeros]
+        for i, tile in enumerate(tiles):
+            first = i * ROWS // self.group
+            own = [zeros[min(g, self.groups - 1)] for g in range(first, first + self.beside)]
+            channel = functools.partial(value_channel, tile=i)
+            store_tile(ref, tile, channel, self.plan.interpret, added=own, group=self.group)

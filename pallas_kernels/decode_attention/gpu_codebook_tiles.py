@@ -227,11 +227,9 @@ def regrouped(x: jax.Array) -> jax.Array:
     return x.transpose(*lead, *(len(lead) + a for a in (2, 0, 3, 1))).reshape(*x.shape[:-4], -1)
 
 
-def in_order(x: jax.Array) -> jax.Array:
-    """Inverse of `regrouped`."""
-    x = x.reshape(*x.shape[:-1], -1, 4, 2, 8)
-    lead = range(x.ndim - 4)
-    return x.transpose(*lead, *(len(lead) + a for a in (1, 3, 0, 2))).reshape(*x.shape[:-4], -1)
+def channel_of_row(row, size: int):
+    """The channel of `size` in a row of `value_words`; `row` is anything that knows `+ * // %`."""
+    return row % 64 // 16 * (size // 4) + row % 8 * (size // 32) + row // 64 * 2 + row // 8 % 2
 
 
 def _eight_codes(words: jax.Array, w: int) -> jax.Array:

@@ -1,9 +1,9 @@
 """Codebook values on Hopper (KVQuant): scale and zero per token, folded into the weights."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -11,20 +11,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention import gpu_codebook_lookup as codes
 from pallas_kernels.decode_attention.formats import Codebook
+from pallas_kernels.decode_attention.gpu_answers import store_tile
 from pallas_kernels.decode_attention.gpu_codebook_keys import at_once, narrow
 from pallas_kernels.decode_attention.gpu_codebook_slots import clear, value_tile
 from pallas_kernels.decode_attention.gpu_codebook_tiles import (
     DEPTH,
     LEFT,
     RIGHT,
+    channel_of_row,
     fetch_blocks,
-    in_order,
     load,
     product,
     row_numbers,
     value_words,
 )
-from pallas_kernels.decode_attention.gpu_skeleton import At, Plan, flat, joined
+from pallas_kernels.decode_attention.gpu_skeleton import At, Plan, flat
 from pallas_kernels.decode_attention.gpu_tiles import ROWS, full, over_columns, over_rows
 
 STEPS = [slice(i, i + DEPTH) for i in range(0, ROWS, DEPTH)]
@@ -142,14 +143,7 @@ class CodebookValues:
             if p + 1 in planes:
                 value_tile(self.plan, tiles, slots, planes, p + 1)
 
-    def results(self) -> list:
-        sizes = (self.plan.padded, self.plan.columns), (self.plan.columns,)
-        return [jax.ShapeDtypeStruct(s, jnp.float32) for s in sizes]
-
-    def finish(self, state) -> list:
-        return [state[0], jnp.sum(state[1], axis=0)]
-
-    def merge(self, results: list, weight: jax.Array) -> jax.Array:
-        acc, zeros = (x[..., : weight.shape[-1]] for x in results)
-        acc = joined(acc + zeros[..., None, :], weight)
-        return in_order(acc.swapaxes(-1, -2))[..., : self.plan.channels]
+    def store(self, ref, state) -> None:
+        acc, zeros = state
+        channel = functools.partial(channel_of_row, size=self.plan.padded)
+        store_tile(ref, acc, channel, self.plan.interpret, added=[jnp.sum(zeros, axis=0)])

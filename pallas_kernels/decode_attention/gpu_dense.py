@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.formats import Dense
-from pallas_kernels.decode_attention.gpu_skeleton import LOG2E, At, Plan, joined, load_column
+from pallas_kernels.decode_attention.gpu_answers import store_tile
+from pallas_kernels.decode_attention.gpu_skeleton import LOG2E, At, Plan, load_column
 from pallas_kernels.decode_attention.gpu_tiles import (
     ROWS,
     WGMMA,
@@ -126,12 +127,5 @@ class DenseValues:
         new = product(pairs, self.plan.columns, self.plan.interpret)
         return state * over_rows(alpha, self.plan.padded) + new
 
-    def results(self) -> list:
-        return [jax.ShapeDtypeStruct((self.plan.padded, self.plan.columns), jnp.float32)]
-
-    def finish(self, state) -> list:
-        return [state]
-
-    def merge(self, results: list, weight: jax.Array) -> jax.Array:
-        acc = joined(results[0][..., : weight.shape[-1]], weight)
-        return acc.swapaxes(-1, -2)[..., : self.plan.channels]
+    def store(self, ref, state) -> None:
+        store_tile(ref, state, lambda row: row, self.plan.interpret)

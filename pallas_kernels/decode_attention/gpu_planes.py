@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.decode_attention.formats import Format, Partial, Planes, shape_of
 
@@ -42,9 +41,9 @@ def plan(k: Planes, v: Planes, group: int, interpret: Any, splits: int | None = 
 
     _, batch, blocks, heads, _, channels = shape_of(k)
     columns = 8 if group <= 4 else 16 if group <= 8 else 32
-    sizes = Plan(batch, heads, blocks, channels, columns, 1, v.levels is None, interpret)
+    sizes = Plan(batch, heads, blocks, channels, group, columns, 1, v.levels is None, interpret)
     if splits is None:
-        # With 8 columns a thread takes 161 registers, and a multiprocessor has room for three programs.
+        # With 8 columns a thread takes 163 registers, and a multiprocessor has room for three programs.
         at_once = programs_at_once(sizes.shared(), 3 if columns == 8 else 2)
         splits = splits_in_waves(batch * heads, at_once, blocks * TOKENS)
     return dataclasses.replace(sizes, splits=splits)
@@ -67,8 +66,7 @@ def attend_in_part(
         raise ValueError(f"`run={k.run}` of `k` and {v.run} of `v` must be 1: every block has a level of its own.")
     from pallas_kernels.decode_attention import gpu_planes_kernel, gpu_planes_tiles
     from pallas_kernels.decode_attention.gpu_dense import normalised
-    from pallas_kernels.decode_attention.gpu_skeleton import LOG2E, joined, merged
-    from pallas_kernels.decode_attention.gpu_words import value_rows
+    from pallas_kernels.decode_attention.gpu_skeleton import LOG2E, merged
 
     del chip
     group = q.shape[2]
@@ -82,22 +80,16 @@ def attend_in_part(
     operand = jnp.pad(operand, ((0, 0), (0, 0), *((0, n) for n in padding)))
     known = jnp.full(unit.shape, gpu_planes_kernel.EMPTY, jnp.float32) if v.known is None else v.known
     # Columns that no query fills must not ask for anything.
-    known = gpu_planes_tiles.paired(known * jnp.float32(LOG2E), p.columns, -gpu_planes_kernel.EMPTY)
-    rule = v.limits * jnp.float32(LOG2E) if p.online else v.levels[None]
+    known = known * jnp.float32(LOG2E) + jnp.float32(gpu_planes_kernel.LIFT)
+    known = gpu_planes_tiles.paired(known, p.columns, -gpu_planes_kernel.EMPTY)
+    rule = v.limits if p.online else v.levels[None]
     shapes = [*gpu_planes_tiles.shapes(p.channels)[0], *gpu_planes_tiles.shapes(p.channels)[1]]
     planes = [x.reshape(-1, *shape) for x, shape in zip((*k.planes, *v.planes), shapes)]
     scalars = [x.astype(jnp.int32).reshape(-1) for x in (layer, first, last)]
     unit = gpu_planes_tiles.paired(unit, p.columns, 0.0)
     arrays = [*scalars, k.levels, rule, operand, unit, known, *planes]
-    *acc, top, total, read = gpu_planes_kernel.call(p, arrays)
-    top, total = (x[..., : 2 * group : 2] for x in (top, total))
-
-    def merge(weight: jax.Array) -> jax.Array:
-        rows = [joined(x[..., : 2 * group : 2] + x[..., 1 : 2 * group : 2], weight) for x in acc]
-        order = np.argsort(value_rows(np.arange(p.tiles * gpu_planes_tiles.ROWS)))
-        return jnp.concatenate(rows, axis=2)[:, :, order[: p.channels]].swapaxes(-1, -2)
-
+    acc, top, total, read = gpu_planes_kernel.call(p, arrays)
     start = jnp.arange(p.blocks, dtype=jnp.int32)[None] * TOKENS
     seen = (start < last[:, None]) & (start + TOKENS > first[:, None]) & (first < last)[:, None]
-    partial = merged(merge, top, total, gpu_planes_kernel.LIFT)
-    return partial, jnp.where(seen[..., None], read.swapaxes(1, 2), 0)
+    partial = merged(acc, top, total, gpu_planes_kernel.LIFT)
+    return partial, jnp.where(seen[..., None], read.swapaxes(1, 2).astype(jnp.int32), 0)

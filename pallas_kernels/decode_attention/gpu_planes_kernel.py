@@ -15,6 +15,7 @@ caller knows of other tokens, bound its probability from above, exp(s - m) / l, 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,9 +26,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention import gpu_planes_tiles as tiles
-from pallas_kernels.decode_attention.gpu_skeleton import load_column
+from pallas_kernels.decode_attention.gpu_answers import store_column, store_tile
+from pallas_kernels.decode_attention.gpu_skeleton import LOG2E, load_column
 from pallas_kernels.decode_attention.gpu_tiles import ROWS, full, over_rows, parts, swizzled
 from pallas_kernels.decode_attention.gpu_wgmma import multiply
+from pallas_kernels.decode_attention.gpu_words import value_channel
 from pallas_kernels.decode_attention.reference import EMPTY
 
 f32 = jnp.float32
@@ -37,13 +40,14 @@ LIFT = 15  # weights are times 2**15: float16 holds them from 2**-39 of the larg
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Static sizes of a call: those of the storage, columns (two per query, in whole eights), splits; `online` where
-    values are read by limits."""
+    """Static sizes of a call: those of the storage, queries, columns (two per query, in whole eights), splits; `online`
+    where values are read by limits."""
 
     batch: int
     heads: int
     blocks: int
     channels: int
+    queries: int
     columns: int
     splits: int
     online: bool
@@ -72,10 +76,9 @@ class Plan:
 
     def results(self) -> list:
         """One program's answer, and of all programs of a row and head the levels that values were read to."""
-        per_split = (self.batch, self.heads, self.splits)
-        shapes = [(ROWS, self.columns)] * self.tiles + [(self.columns,)] * 2
-        answer = [jax.ShapeDtypeStruct((*per_split, *shape), f32) for shape in shapes]
-        return [*answer, jax.ShapeDtypeStruct((self.batch, self.heads, self.blocks), jnp.int32)]
+        per_query = (self.batch, self.heads, self.splits, self.queries)
+        answer = [jax.ShapeDtypeStruct((*per_query, *x), f32) for x in ((self.channels,), (), ())]
+        return [*answer, jax.ShapeDtypeStruct((self.batch, self.heads, self.blocks), jnp.uint8)]
 
 
 class _Refs(NamedTuple):
@@ -86,7 +89,7 @@ class _Refs(NamedTuple):
     value_rule: Any  # [3 or 1, B, N, K]
     q: Any  # [B, K, columns, H]
     unit: Any  # [B, K, columns]
-    known: Any  # [B, K, columns], in units of log2
+    known: Any  # [B, K, columns], in units of log2, as weights times 2**LIFT
     planes: Any  # [6] of [L * B * N * K, ...]
     results: Any
 
@@ -141,8 +144,11 @@ class _Program:
         none = tuple(full((ROWS, plan.columns), 0.0, interpret) for _ in range(plan.tiles))
         top, total = (full((plan.columns,), x, interpret) for x in (EMPTY, 0.0))
         top, total, acc, _ = lax.fori_loop(self.begin, self.end, self._block, (top, total, none, level))
-        for ref, x in zip(self.refs.results, (*acc, top, total)):
-            plgpu.store(ref.at[self.row, self.head, self.split], x, optimized=False)
+        answer, *columns = (ref.at[self.row, self.head, self.split] for ref in self.refs.results[:-1])
+        for tile, x in enumerate(acc):
+            store_tile(answer, x, functools.partial(value_channel, tile=tile), interpret, paired=True)
+        for ref, x in zip(columns, (top, total)):
+            store_column(ref, x, interpret, paired=True)
 
     def _block(self, n, carry):
         top, total, acc, level = carry
@@ -161,7 +167,7 @@ class _Program:
         total = total * alpha + jnp.sum(weights[0] + weights[1], axis=0)
         read = self._value_level(rule, own, new, total)
         self._start(read, n, self.refs.planes[3:], self.v_planes, self.v_bar)
-        self.refs.results[-1][self.row, self.head, n] = read
+        self.refs.results[-1][self.row, self.head, n] = read.astype(jnp.uint8)
         tiles.store_weights(self.weights, weights, plan.interpret)
         plgpu.commit_smem()  # they are there for the products
         self._wait(read, self.v_bar)
@@ -199,10 +205,10 @@ class _Program:
         if not self.plan.online:
             return rule[0]
         known = load_column(self.known, self.plan.interpret)
-        seen = top + jnp.log2(total) - f32(LIFT)
+        seen = top + jnp.log2(total)
         most = jnp.maximum(seen, known)
         log_sum = most + jnp.log2(jnp.exp2(seen - most) + jnp.exp2(known - most))
-        largest = tiles.largest(own - log_sum, self.plan.interpret)
+        largest = tiles.largest(own - log_sum, self.plan.interpret) * f32(1 / LOG2E) + f32(LIFT / LOG2E)
         return sum((largest > limit).astype(jnp.int32) for limit in rule)
 
     # Products

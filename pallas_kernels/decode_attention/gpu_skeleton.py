@@ -28,15 +28,12 @@ A decoder is a frozen dataclass with static fields only (`plan` among them). It 
             add(dst, at, slot, planes, weights, alpha [columns], state) -> state
                                         state * alpha + the values of those planes times their weights
             borrows -> int              scratch of the keys, the first of them, that `add` finds behind its own
-            results() -> list           ShapeDtypeStructs (float32) of one program's answer; `finish(state) -> arrays`
-            merge(results, weight) -> [B, K, G, H]      joins the splits, each with its `weight [B, K, S, G]`, of the
-                                        first G columns
+            store(ref [G, H], state)    writes the program's answer, float32, to device memory
 """
 # (It checks against the oldest JAX admitted, which lacks what this file is written for.)
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,6 +43,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.formats import Format, Partial, shape_of
+from pallas_kernels.decode_attention.gpu_answers import store_column
 from pallas_kernels.decode_attention.gpu_tiles import COLUMN, ROWS, full, over_rows
 from pallas_kernels.decode_attention.gpu_waves import programs_at_once, splits_in_waves
 from pallas_kernels.decode_attention.reference import EMPTY
@@ -151,42 +149,39 @@ def attend(plan: Plan, keys, values, k: Format, v: Format, q, layer, first, last
     if splits is None:
         at_once = programs_at_once([*keys.scratch(), *values.scratch()])
         splits = splits_in_waves(plan.batch * plan.heads, at_once, plan.blocks * plan.tokens)
-    group = q.shape[2]
-    padding = ((0, 0), (0, 0), (0, plan.columns - group), (0, 0))
+    padding = ((0, 0), (0, 0), (0, plan.columns - plan.queries), (0, 0))
     inputs = [keys.arrays(k, jnp.pad(q, padding)), values.arrays(v)]
     scalars = [x.astype(jnp.int32).reshape(-1) for x in (layer, first, last)]
-    *results, top, total = _call(plan, splits, keys, values, scalars, inputs)
-    # Columns that no query fills go first, or XLA makes kernels of their own for that.
-    return merged(lambda weight: values.merge(results, weight), top[..., :group], total[..., :group])
+    return merged(*_call(plan, splits, keys, values, scalars, inputs))
 
 
-def merged(merge: Callable, top: jax.Array, total: jax.Array, lift: int = 0) -> Partial:
-    """Joins splits: `top`, in units of log2, and `total`, both `[B, K, S, G]`.
+def merged(acc: jax.Array, top: jax.Array, total: jax.Array, lift: int = 0) -> Partial:
+    """Joins splits.
 
     Args:
-      merge: `merge(weight [B, K, S, G]) -> [B, K, G, H]` joins the rest.
-      lift: sums are times 2**lift.
+      acc: `[B, K, S, G, H]`, times 2**lift.
+      top: `[B, K, S, G]`, in units of log2.
+      total: as `top`, times 2**lift.
     """
     best = functools.reduce(jnp.maximum, [top[:, :, i] for i in range(top.shape[2])])
     weight = jnp.exp2(top - best[:, :, None] - jnp.float32(lift))
-    acc, total = merge(weight), joined(total, weight)
+    acc, total = (_joined(x, weight) for x in (acc, total))
     return Partial(acc, jnp.where(total > 0, best / jnp.float32(LOG2E), jnp.float32(EMPTY)), total)
 
 
-def joined(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The sum of `x[B, K, S, ..., G] * weight[B, K, S, G]` over splits.
+def _joined(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The sum of `x[B, K, S, G, ...] * weight[B, K, S, G]` over splits.
 
     Written out, because XLA makes reductions kernels of their own, one after the other.
     """
-    weight = weight.reshape(*weight.shape[:3], *(1,) * (x.ndim - 4), weight.shape[3])
+    weight = weight.reshape(*weight.shape, *(1,) * (x.ndim - weight.ndim))
     return functools.reduce(jnp.add, [x[:, :, i] * weight[:, :, i] for i in range(x.shape[2])])
 
 
 def _call(plan: Plan, splits: int, keys, values, scalars, inputs):
     counts = [3, len(inputs[0]), len(inputs[1])]
-    per_split = (plan.batch, plan.heads, splits)
-    answer = [*values.results(), *[jax.ShapeDtypeStruct((plan.columns,), jnp.float32)] * 2]
-    outs = [jax.ShapeDtypeStruct((*per_split, *x.shape), x.dtype) for x in answer]
+    per_query = (plan.batch, plan.heads, splits, plan.queries)
+    outs = [jax.ShapeDtypeStruct((*per_query, *x), jnp.float32) for x in ((plan.channels,), (), ())]
     scratch = [keys.scratch(), values.scratch()]
     counts += [len(outs), len(scratch[0]), len(scratch[1])]
 
@@ -272,8 +267,10 @@ def _program(plan: Plan, splits: int, keys, values, scalars, k_src, v_src, outs,
 
     empty = full((plan.columns,), EMPTY, plan.interpret), full((ROWS, plan.columns), 0.0, plan.interpret)
     top, total, state = lax.fori_loop(begin, end, chunk, (*empty, values.init()))
-    for ref, x in zip(outs, (*values.finish(state), top, jnp.sum(total, axis=0))):
-        plgpu.store(ref.at[row, head, split], x, optimized=False)
+    answer, *columns = (ref.at[row, head, split] for ref in outs)
+    values.store(answer, state)
+    for ref, x in zip(columns, (top, jnp.sum(total, axis=0))):
+        store_column(ref, x, plan.interpret)
 
 
 def _next(plan: Plan, i, end, fetch) -> None:

@@ -40,6 +40,11 @@ def value_rows(x: Any) -> Any:
     return x.transpose(0, 1, 3, 2, *range(4, x.ndim)).reshape(channels, *rest)
 
 
+def value_channel(row: Any, tile: int) -> Any:
+    """The channel in a row of a tile of values; `row` is anything that knows `+ * // %`."""
+    return row // 16 * 16 + row % 8 * 2 + row // 8 % 2 + ROWS * tile
+
+
 class Place(NamedTuple):
     """Where the codes of a plane are: a tile, a half of its words (0 low), how far they must come down to lie in the
     low 10 bits of the half (or could not stay where they are), and their lowest bit then."""

@@ -14,8 +14,8 @@ from pallas_kernels.decode_attention.specs import PLANES_READ
 BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text(encoding="utf-8"))
 COMMITTED = {(row["chip"], row["storage"]): row for row in BUDGET["rows"]}
 GROWTH = 1.15  # another version of a compiler may schedule a little differently
-# A GPU's splits leave a result each, 66 of them for 8 heads; a TPU's nothing.
-TEMPORARIES = {"tpu": 1 << 20, "cuda": 8 << 20}
+# A GPU's splits leave a result each, 33 to 49 of them for 8 heads; a TPU's nothing.
+TEMPORARIES = {"tpu": 1 << 20, "cuda": 1_000_000}
 SPILLS = {"tpu": 8, "cuda": 0}  # what is left: instructions
 PLANES_SPILLS = 32  # on v6e and 7x, where values are read at 16 bits
 CHIPS = [chip for chip in deviceless.CHIPS if chip != "h200"]  # the code of an h100

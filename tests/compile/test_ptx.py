@@ -6,6 +6,7 @@ times things, and whether it does what the ISA says.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ import ptx_shared
 from jax.experimental.mosaic.gpu import launch_context
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
+
+from pallas_kernels.decode_attention import gpu_answers, gpu_codebook_tiles, gpu_tiles, gpu_words
 
 # What Mosaic makes of tensor maps is not public: another version of JAX may have it elsewhere.
 if not all(hasattr(launch_context.LaunchContext, name) for name in ("_get_tma_desc", "_alloc_scratch")):
@@ -162,6 +165,63 @@ def test_levels_of_values_are_enough(on, copied, monkeypatch):
     v = dataclasses.replace(v, levels=read, limits=None)
     expected = kernel_cases.attend(*(given[n] for n in ("q", "k")), v, *(given[n] for n in names[3:]))
     assert max(kernel_cases.errors(partial, expected)) < 2e-5
+
+
+def plain(x, channel, added, group, queries, channels, paired):
+    """What `store_tile` is to store, number by number; NaN where it stores nothing."""
+    out = np.full((queries, channels), np.nan, np.float32)
+    parts, each = max(1, len(added)), 2 if paired else 1
+    columns = x.shape[1] // parts
+    for row, query in np.ndindex(x.shape[0], queries):
+        if (c := channel(row)) < channels:
+            part = c // group % parts
+            here = [x[row, part * columns + each * query + i] for i in range(each)]
+            out[query, c] = sum(here) + sum(added[part][each * query + i] for i in range(each) if added)
+    return out
+
+
+# Of dense storage; of two tiles of affine with 1, 2 and 4 groups of channels in 64, the second beyond 96 channels; of
+# codebooks; of planes: rows, columns, parts, the group, channels, what a row is, and whether columns are paired.
+@pytest.mark.parametrize(
+    ("shape", "parts", "group", "channels", "channel", "paired"),
+    [
+        ((128, 8), 0, 64, 128, lambda row: row, False),
+        ((64, 8), 1, 128, 128, lambda row: gpu_words.value_channel(row, 1), False),
+        ((64, 32), 2, 32, 96, lambda row: gpu_words.value_channel(row, 1), False),
+        ((64, 32), 4, 16, 64, lambda row: gpu_words.value_channel(row, 0), False),
+        ((128, 16), 1, 64, 96, lambda row: gpu_codebook_tiles.channel_of_row(row, 128), False),
+        ((64, 16), 0, 64, 96, lambda row: gpu_words.value_channel(row, 1), True),
+        ((64, 32), 0, 64, 64, lambda row: gpu_words.value_channel(row, 0), True),
+    ],
+)
+def test_answers_are_stored_of_queries_and_channels_that_there_are(
+    on, monkeypatch, shape, parts, group, channels, channel, paired
+):
+    columns = shape[1] // max(1, parts)
+    every = range(1, columns // (2 if paired else 1) + 1)
+    outs = [jax.ShapeDtypeStruct((g, *x), jnp.float32) for g in every for x in ((channels,), ())]
+
+    def body(_, *refs):
+        row, column = (plgpu.broadcasted_iota(jnp.float32, shape, i, layout=gpu_tiles.WGMMA) for i in (0, 1))
+        tile = plgpu.broadcasted_iota(jnp.float32, (64, columns), 1, layout=gpu_tiles.WGMMA)
+        one = jnp.max(tile, axis=0)
+        for answer, numbers in zip(refs[::2], refs[1::2]):
+            added = [one * (1000.0 * (1 + i)) for i in range(parts)]
+            gpu_answers.store_tile(answer, row * 64.0 + column, channel, None, added, group, paired)
+            gpu_answers.store_column(numbers, one, None, paired)
+
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    printed, listed = [], deviceless._gpu_kernels
+    monkeypatch.setattr(deviceless, "_gpu_kernels", lambda text: printed.append(text) or listed(text))
+    deviceless.compile(plgpu.kernel(body, out_type=outs), (jnp.zeros(1),), on("h100"))
+    memory = [np.full(4 * math.prod(x.shape), 0xFF, np.uint8) for x in outs]
+    assert not ptx.Block(ptx.Program(printed[-1]), memory, [], (0, 0, 0)).run()
+    got = [x.view(np.float32).reshape(out.shape) for x, out in zip(memory, outs)]
+    x = np.arange(shape[0])[:, None] * 64.0 + np.arange(shape[1])
+    added = [np.arange(columns) * (1000.0 * (1 + i)) for i in range(parts)]
+    for g, answer, numbers in zip(every, got[::2], got[1::2]):
+        np.testing.assert_array_equal(answer, plain(x, channel, added, group, g, channels, paired))
+        np.testing.assert_array_equal(numbers, np.arange(columns)[:: 2 if paired else 1][:g])
 
 
 def test_races_and_missing_fences_are_found():
