@@ -15,6 +15,7 @@ from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, For
 from pallas_kernels.native_cpu import JIT, address, pointer
 
 MANY = 1 << 60  # elements of an array whose size the code does not need
+BIAS = (127 - 15) << 23  # between the exponents of float16 and float32
 LEVELS = 16  # of a codebook, repeated to so many
 
 
@@ -84,17 +85,14 @@ def float_of(typing, bits):
     return types.float32(types.int32), lambda context, builder, _, args: builder.bitcast(args[0], ir.FloatType())
 
 
-@intrinsic
-def bits_of(typing, x):
-    return types.int32(types.float32), lambda context, builder, _, args: builder.bitcast(args[0], ir.IntType(32))
-
-
 @numba.njit(**JIT)
 def half(bits):
     """float16 bits as float32; what is not finite becomes finite."""
-    # The exponent's bias differs by 112; a product puts subnormal numbers right too.
-    value = float_of(shifted_left(bits & np.uint16(0x7FFF), 13)) * np.float32(2.0**112)
-    return float_of(bits_of(value) | shifted_left(bits & np.uint16(0x8000), 16))
+    # Subnormal ones as integers: XLA's threads take subnormal float32 for 0.
+    size = bits & np.uint16(0x7FFF)
+    small = np.float32(size) * np.float32(2.0**-24)
+    value = small if size < 0x400 else float_of(np.int32(shifted_left(size, 13) + BIAS))
+    return -value if bits & np.uint16(0x8000) else value
 
 
 @numba.njit(**JIT)

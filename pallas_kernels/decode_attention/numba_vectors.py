@@ -211,9 +211,15 @@ class Emitter:
         b = self.b
         if self.numbers.kind == "bfloat16":
             return b.bitcast(b.shl(bits, self._word(16)), self.floats)
-        # The exponent's bias differs by 112; a product puts subnormal numbers right too. What is not finite becomes so.
-        value = b.bitcast(b.shl(b.and_(bits, self._word(0x7FFF)), self._word(13)), self.floats)
-        value = b.bitcast(b.fmul(value, ir.Constant(self.floats, [2.0**112] * self.width)), self.words)
+        if llvmlite.binding.get_host_cpu_features().get("f16c"):
+            halves = b.bitcast(b.trunc(bits, self._halves), ir.VectorType(ir.HalfType(), self.width))
+            return b.fpext(halves, self.floats)
+        size = b.and_(bits, self._word(0x7FFF))
+        # Subnormal ones as integers: XLA's threads take subnormal float32 for 0.
+        scale = ir.Constant(self.floats, [2.0**-24] * self.width)
+        small = b.bitcast(b.fmul(b.sitofp(size, self.floats), scale), self.words)
+        value = b.add(b.shl(size, self._word(13)), self._word((127 - 15) << 23))
+        value = b.select(b.icmp_unsigned("<", size, self._word(0x400)), small, value)
         return b.bitcast(b.or_(value, b.shl(b.and_(bits, self._word(0x8000)), self._word(16))), self.floats)
 
     # Arithmetic.

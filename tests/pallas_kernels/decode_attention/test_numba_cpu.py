@@ -80,6 +80,25 @@ def test_levels_on_machines_with_other_registers(storage, found, monkeypatch):
     numba_cpu._operation.cache_clear()
 
 
+@pytest.mark.parametrize("storage", ["f16", "kivi4"])
+def test_subnormal_float16_count(storage):
+    """XLA's threads take subnormal float32 for 0; small values and scales must not become that."""
+    arguments, _ = kernel_cases.case(storage, "gqa4-h128", "T+1,full")
+    rest, v = {name: x for name, x in arguments.items() if name != "rotation"}, arguments["v"]
+
+    def smaller(bits):
+        return (np.asarray(bits).view(np.float16) * np.float16(2.0**-15)).view(np.uint16)
+
+    if storage == "f16":
+        v = dataclasses.replace(v, values=smaller(v.values))
+    else:
+        v = dataclasses.replace(v, scale=smaller(v.scale), zero=smaller(v.zero))
+    rest |= {"v": jax.tree.map(jnp.asarray, v)}
+    expected = kernel_cases.attend(*(rest[x] for x in ("q", "k", "v", "layer", "first", "last")))
+    error, _ = kernel_cases.errors(jax.jit(attend)(**rest), expected)
+    assert error < 5e-5
+
+
 def test_temporaries_do_not_grow_with_the_context():
     def temporaries(blocks):
         shape, kinds = specs.Shape(2, 1, blocks, 2, 4, 128), specs.STORAGES["kvquant4-dense"]
