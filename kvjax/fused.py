@@ -44,8 +44,10 @@ NATIVE_TOKENS = 4096
 # (storage type, platform) -> implementation; the kernel's own `check` has the last word on shapes and chips.
 _KERNELS: dict[str, api.Implementation] = {"cpu": "xla_cpu", "gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 FAST: dict[tuple[type, str], api.Implementation] = {
-    (block, platform): name for block in (DenseBlock, AffineBlock, NUQBlock) for platform, name in _KERNELS.items()
-} | {(PlanesBlock, platform): _KERNELS[platform] for platform in ("gpu", "tpu")}
+    (block, platform): name
+    for block in (DenseBlock, AffineBlock, NUQBlock, PlanesBlock)
+    for platform, name in _KERNELS.items()
+}
 
 
 def kernel_format(codec: AbstractCodec, storage: Any, params: Any, layers: int) -> Format:
@@ -276,7 +278,7 @@ def explain(cache: KVCache, platform: str | None = None, strict: bool = False) -
             hint = _faster(cache, chosen_name)
             path = f"{chosen_name} in decode steps{_together(segment, k)}{hint}, reference (chunked jnp) in prefill"
         except NotImplementedError as reason:
-            path = f"reference (chunked jnp), {reason}"
+            path = f"reference (chunked jnp), {reason}{_instead(cache, segment, platform)}"
             slow.append(f"{name}: {reason}")
         lines.append(f"{name}: {path}; {what}")
     if strict and slow:
@@ -289,6 +291,15 @@ def _faster(cache: KVCache, name: api.Implementation) -> str:
     if name != "xla_cpu" or cache.capacity < NATIVE_TOKENS or api.installed("numba_cpu"):
         return ""
     return " (numba_cpu is faster: install the extra `cpu`)"
+
+
+def _instead(cache: KVCache, segment: Segment, platform: str | None) -> str:
+    """What would read planes on CPU, where it does not."""
+    if split(platform or cache.target)[0] != "cpu" or not isinstance(segment.k, PlanesBlock):
+        return ""
+    if not api.installed("numba_cpu"):
+        return " (numba_cpu does: install the extra `cpu`)"
+    return f" (numba_cpu does, from {NATIVE_TOKENS:,} tokens of capacity)" if cache.capacity < NATIVE_TOKENS else ""
 
 
 def _together(segment: Segment, k: Format) -> str:

@@ -158,8 +158,9 @@ def interpreted(*arguments, implementation, **more):
 
 
 def test_steps_by_the_kernels_are_the_references_within_the_budget(monkeypatch):
-    """Interpreted on rows of 1 token, of a block and of three; three steps each, over the seal of a block."""
+    """Interpreted but on CPU; rows of 1 token, of a block and of three; three steps each, over the seal of a block."""
     monkeypatch.setattr(api, "attend_in_part", interpreted)
+    monkeypatch.setattr(fused, "NATIVE_TOKENS", 0)
     monkeypatch.setattr(tpu_planes, "UNIT_TOKENS", {0: 128})
     config = ModelConfig(
         layers=1, width=64, mlp_width=96, q_heads=4, kv_heads=2, head_dim=128, vocab=97, initializer_range=0.2
@@ -170,7 +171,7 @@ def test_steps_by_the_kernels_are_the_references_within_the_budget(monkeypatch):
         model, bind("alignedkv-budget", preset("alignedkv-budget"), 1), batch=3, capacity=500, target="reference"
     )
     _, filled = decode.prefill(model, filled, tokens, np.array([1, 127, 384]))
-    kernels = {"tpu:v5e": "mosaic_tpu", "gpu:sm_90": "mosaic_gpu"}
+    kernels = {"tpu:v5e": "mosaic_tpu", "gpu:sm_90": "mosaic_gpu", "cpu": "numba_cpu"}
     if jax.__version_info__ < (0, 11):
         del kernels["gpu:sm_90"]
     logits, reads = {}, {}

@@ -150,7 +150,7 @@ def test_only_single_queries_take_the_kernel(model):
         ("f32", "kernels read 16-bit values, not float32"),
         ("kivi2-m8", "kernels read 16-bit scales and zeros, not 8-bit ones"),
         ("fp8", "no kernel for Float8Block on cpu"),
-        ("alignedkv", "no kernel for PlanesBlock on cpu"),
+        ("alignedkv", "xla_cpu does not read float16 planes"),
     ],
 )
 def test_what_has_no_kernel_says_why(model, quant, reason):
@@ -175,10 +175,22 @@ def test_long_contexts_on_cpu_are_compiled_by_numba_where_it_is(model, on_cpu, m
     assert "numba_cpu in decode steps," in explain(fused.NATIVE_TOKENS)
     assert "xla_cpu in decode steps," in explain(fused.NATIVE_TOKENS // 2)
     with monkeypatch.context() as refusing:
-        refusing.setattr(numba_cpu, "ROWS", 1000)  # no block is a multiple of so many tokens
+        refusing.setattr(numba_cpu, "SMALLEST", 1000)  # no head has so many channels
         assert "xla_cpu in decode steps," in explain(fused.NATIVE_TOKENS)
     monkeypatch.setattr(api, "installed", lambda name: name != "numba_cpu")
     assert "xla_cpu in decode steps (numba_cpu is faster: install the extra `cpu`)," in explain(fused.NATIVE_TOKENS)
+
+
+def test_planes_on_cpu_are_read_by_numba_alone(model, on_cpu, monkeypatch):
+    def explain(capacity):
+        policy = kvjax.policy("alignedkv-budget", model)
+        cache = jax.eval_shape(lambda: decode.init_cache(model, policy, batch=1, capacity=capacity, target="cpu"))
+        return decode.explain(cache)
+
+    assert "numba_cpu in decode steps (levels by runs of 128 tokens and kv head)" in explain(fused.NATIVE_TOKENS)
+    assert "(numba_cpu does, from 4,096 tokens of capacity)" in explain(fused.NATIVE_TOKENS // 2)
+    monkeypatch.setattr(api, "installed", lambda name: name != "numba_cpu")
+    assert "(numba_cpu does: install the extra `cpu`)" in explain(fused.NATIVE_TOKENS)
 
 
 def test_numbas_kernel_on_every_device_of_a_mesh(on_cpu, monkeypatch):

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import carray, float32, types, uint16
 from numba.extending import intrinsic
 
-from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, shape_of
+from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, Planes, shape_of
 from pallas_kernels.native_cpu import JIT, address, pointer
 
 MANY = 1 << 60  # elements of an array whose size the code does not need
@@ -30,8 +30,8 @@ class Constants:
       slots: residuals `[slots, T]` after these.
       total: elements of `meta`.
       prepare: `prepare(meta, buffers, at)` writes them. `at` says where the block is: its number among all `[L, B, N,
-        K]`, among those that heads share `[L, B, N]`, the number of its layer `[L]` and of its layer and head `[L, K]`,
-        and K.
+        K]`, among those that heads share `[L, B, N]`, the number of its layer `[L]` and of its layer and head `[L, K]`;
+        K; its number within the layer `[B, N, K]`, that of its row and head `[B, K]`, and how many blocks a layer has.
     """
 
     per: str
@@ -49,6 +49,8 @@ def arrays_of(fmt: Format) -> list[jax.Array]:
         return [fmt.values]
     if isinstance(fmt, Affine):
         return [fmt.codes, fmt.scale, fmt.zero]
+    if isinstance(fmt, Planes):
+        return [*fmt.planes, *([fmt.levels] if fmt.limits is None else [fmt.limits, fmt.known])]
     assert isinstance(fmt, Codebook)
     return [fmt.codes, fmt.levels, fmt.scale, fmt.zero] + ([fmt.slot_channel, fmt.slot_residual] if fmt.slots else [])
 

@@ -15,6 +15,7 @@ What decides the speed (AVX-512, 128 channels, 4 queries; CPU time for keys and 
 * Tables of cos and sin for 32, 64 or 128 tokens: the same time, so one for a block's tokens.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,7 @@ from pallas_kernels.decode_attention.formats import (
 )
 from pallas_kernels.decode_attention.numba_constants import MANY, arrays_of
 from pallas_kernels.decode_attention.numba_keys import keys
+from pallas_kernels.decode_attention.numba_planes import plane_keys, plane_values
 from pallas_kernels.decode_attention.numba_softmax import EMPTY, soften
 from pallas_kernels.decode_attention.numba_values import values
 from pallas_kernels.decode_attention.numba_vectors import SMALLEST
@@ -49,14 +51,29 @@ ITEMS_PER_CORE = 4  # so that cores finish together
 
 
 def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
-    """Raises NotImplementedError, in words, for bit planes and for what only other backends have."""
+    """Raises NotImplementedError, in words, for what only other backends have."""
     if joined_heads(k) > 1:
         raise NotImplementedError("numba_cpu does not read heads side by side, which are for TPU")
-    for fmt, why in ((k, _keys_refusal(k, rotates)), (v, _values_refusal(v))):
-        if isinstance(fmt, Planes):
-            raise NotImplementedError(f"numba_cpu does not read {describe(fmt)}")
+    if isinstance(k, Planes) or isinstance(v, Planes):
+        reasons = ((k, _planes_refusal(k, v, rotates)),)
+    else:
+        reasons = ((k, _keys_refusal(k, rotates)), (v, _values_refusal(v)))
+    for fmt, why in reasons:
         if why:
             raise NotImplementedError(f"numba_cpu does not read {describe(fmt)}: {why}")
+
+
+def _planes_refusal(k: Format, v: Format, rotates: bool) -> str:
+    """Why not, or nothing."""
+    if not (isinstance(k, Planes) and isinstance(v, Planes)):
+        return "keys and values must both be stored in float16 planes"
+    if rotates:
+        return "it does not rotate them"
+    if k.limits is not None:
+        return "keys are read by `levels`; `limits` are on probabilities, for values"
+    if (k.order, v.order) != ("channels", "words"):
+        return f'keys are in order "{k.order}" and values in "{v.order}"; read are "channels" and "words"'
+    return _width_refusal(shape_of(k)[5]) or _width_refusal(shape_of(k)[4] // 8)
 
 
 def _keys_refusal(k: Format, rotates: bool) -> str:
@@ -98,6 +115,48 @@ def decode_attention(
     interpret: Any = False,
 ) -> Partial:
     """As `api.decode_attention`, in float32; `chip` and `interpret` are ignored."""
+    return _attend(q, k, v, layer, first, last, rotation)[0]
+
+
+def run(k: Format) -> int:
+    """Blocks of planes that are read to one level."""
+    del k
+    return 1
+
+
+def attend_in_part(
+    q: jax.Array,
+    k: Planes,
+    v: Planes,
+    layer: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    chip: str = "",
+    interpret: Any = False,
+) -> tuple[Partial, jax.Array]:
+    """As `api.attend_in_part`, in float32; `chip` and `interpret` are ignored."""
+    if not k.run == v.run == 1:
+        raise ValueError(f"`run={k.run}` of `k` and {v.run} of `v` must be 1: every block has a level of its own.")
+    _, _, N, _, T, _ = shape_of(k)
+    if v.limits is not None and v.known is None:
+        v = dataclasses.replace(v, known=jnp.full(q.shape[:3], EMPTY, jnp.float32))
+    partial, levels = _attend(q, k, v, layer, first, last, None)
+    start = jnp.arange(N, dtype=jnp.int32)[None] * T
+    seen = (start < last[:, None]) & (start + T > first[:, None]) & (first < last)[:, None]
+    return partial, jnp.where(seen[..., None], levels, 0)  # nothing was written for the others
+
+
+def _attend(
+    q: jax.Array,
+    k: Format,
+    v: Format,
+    layer: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    rotation: Rotation | None,
+) -> tuple[Partial, jax.Array | None]:
+    """The attention and, of planes, the levels `[B, N, K]` to which values were read, where any were."""
     L, B, N, K, T, H = shape_of(k)
     G = q.shape[2]
     splits = min(N, -(-ITEMS_PER_CORE * cores() // (B * K)))
@@ -108,8 +167,15 @@ def decode_attention(
     layer, first, last = jnp.clip(layer, 0, L - 1).reshape(1), jnp.maximum(first, 0), jnp.minimum(last, N * T)
     operands = [sizes, layer, first, last, q, *angles, *arrays_of(k), *arrays_of(v)]
     shapes = [jax.ShapeDtypeStruct((B, K, splits, G, *rest), jnp.float32) for rest in ((H,), (), ())]
-    parts = Partial(*run(shapes, B * K * splits, *operands))
-    if splits == 1:
+    if isinstance(v, Planes):
+        shapes.append(jax.ShapeDtypeStruct((B, N, K), jnp.int32))
+    acc, top, total, *levels = run(shapes, B * K * splits, *operands)
+    return _merged(Partial(acc, top, total)), levels[0] if levels else None
+
+
+def _merged(parts: Partial) -> Partial:
+    """Joins the splits, axis 2."""
+    if parts.max.shape[2] == 1:
         return Partial(*(x[:, :, 0] for x in parts))
     top = parts.max.max(2)
     weight = jnp.exp(parts.max - top[:, :, None])
@@ -136,7 +202,10 @@ def _one_block(fmt: Format) -> Format:
     """The format without what its code does not depend on: sizes only, and one layer, row and block of them."""
 
     def one(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, 1, 1, *x.shape[3:]) if x.ndim >= 5 else (1, *x.shape[1:]), x.dtype)
+        if x.ndim >= 5:
+            return jax.ShapeDtypeStruct((1, 1, 1, *x.shape[3:]), x.dtype)
+        # What says how much to read of planes is as large as the context.
+        return jax.ShapeDtypeStruct((1,) * x.ndim if isinstance(fmt, Planes) else (1, *x.shape[1:]), x.dtype)
 
     return jax.tree.map(one, fmt)
 
@@ -160,7 +229,10 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
     within = 6 if rotates else 0  # where no angles are, nothing is read there
     first_value = first_key + len(arrays_of(k))
     first_result = first_value + len(arrays_of(v))
-    scored, added = keys(k, first_key, group, rotates), values(v, first_value, group)
+    if isinstance(k, Planes):
+        scored, added = plane_keys(k, first_key, group), plane_values(v, first_value, group)
+    else:
+        scored, added = keys(k, first_key, group, rotates), values(v, first_value, group)
     prepare_keys, score, prepare_values, add = scored.prepare, scored.score, added.prepare, added.add
     key_size, value_size = scored.meta_size, added.meta_size
     scratch_size = (2 * group + 1) * H + group * (T + 2) + key_size + value_size
@@ -190,13 +262,13 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
                 acc[g, h], q[g, h] = 0, queries[g, h]
         for n in range(begin + blocks * s // S, begin + blocks * (s + 1) // S):
             block = (layer * B + b) * N + n
-            at = (block * K + k, block, layer, layer * K + k, K)
+            at = (block * K + k, block, layer, layer * K + k, K, (b * N + n) * K + k, b * K + k, B * N * K)
             turn_queries(q, queries, angle, b, n, digits, buffers)
             prepare_keys(key_meta, buffers, at)
             score(scores, q, angles, key_meta, buffers, at)
             soften(scores, first - n * T, last - n * T, top, total, acc)
             prepare_values(value_meta, buffers, at)
-            add(acc, scores, value_meta, buffers, at)
+            add(acc, scores, top, total, value_meta, buffers, at)
         for g in range(group):
             place = item * group + g
             for h in range(H):

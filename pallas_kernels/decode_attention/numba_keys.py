@@ -219,7 +219,7 @@ class _Scores:
             e.store_all(now, places)
             if ahead is not None:
                 for side in sides:
-                    e.prefetch(cell, side, ahead)
+                    e.prefetch_cell(cell, side, ahead)
         return e.sums(e.load_all(places))
 
     def _turn(self, e: Emitter, values: list[list], fields: range, sides: list, turning) -> None:

@@ -27,7 +27,8 @@ class Values:
     Attributes:
       meta_size: of the float32 array `meta`.
       prepare: `prepare(meta, buffers, at)`, as of `Constants`.
-      add: `add(acc, p, meta, buffers, at)`: `acc[G, H] += p[G, T] . values`.
+      add: `add(acc, p, top, total, meta, buffers, at)`: `acc[G, H] += p[G, T] . values`; p is relative to `top[G]`, and
+        `total[G]` its sum, of this block and those before.
     """
 
     meta_size: int
@@ -44,7 +45,7 @@ def values(fmt: Format, first: int, group: int) -> Values:
     sums = _Sums(numbers, width, group).compile()
 
     @numba.njit(**JIT)
-    def add(acc, p, meta, buffers, at):
+    def add(acc, p, top, total, meta, buffers, at):
         """`meta`, and behind it weights, and what zeros add."""
         words, ahead = address(buffers, first) + at[0] * nbytes, at[4] * nbytes
         table, weights, zeros = meta[levels_from:].ctypes.data, meta[size : size + G * T], meta[size + G * T :]
@@ -120,7 +121,7 @@ class _Sums:
                         now[i] = e.multiply_add(weight, value, now[i])
                 e.store_all(now, places)
                 if not queries.start:
-                    e.prefetch(start, channel, ahead)
+                    e.prefetch_cell(start, channel, ahead)
             totals = e.load_all(places)
             for i, row in enumerate(rows):
                 total = totals[i]

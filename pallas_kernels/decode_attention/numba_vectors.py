@@ -150,13 +150,10 @@ class Emitter:
     def zero(self):
         return ir.Constant(self.floats, [0.0] * self.width)
 
-    def prefetch(self, cell, channel, ahead) -> None:
-        """Asks for what lies `ahead` bytes from the rows of a cell, at a register's channels."""
+    def prefetch(self, *address) -> None:
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
         function, how = self._function("llvm.prefetch.p0i8", kind), [ir.Constant(I32, n) for n in (0, 3, 1)]
-        start = self.sum(cell, self.times(channel, self.numbers.itemsize), ahead)
-        for i in range(self.numbers.rows[0]):
-            self.b.call(function, [self.place(ir.IntType(8), start, i * self._row_step), *how])
+        self.b.call(function, [self.place(ir.IntType(8), *address), *how])
 
     # Numbers.
 
@@ -172,6 +169,11 @@ class Emitter:
         """Where a cell's first row is."""
         return self.sum(base, self.times(cell, self.numbers.rows[2] * self.numbers.channels * self.numbers.itemsize))
 
+    def prefetch_cell(self, cell, channel, ahead) -> None:
+        """Asks for what lies `ahead` bytes from the rows of a cell, at a register's channels."""
+        for i in range(self.numbers.rows[0]):
+            self.prefetch(cell, self.times(channel, self.numbers.itemsize), ahead, i * self._row_step)
+
     def reader(self, tables: list, cell, channel) -> Callable[[int], Any]:
         """`number(field)`: float32 of a cell's channels from `channel` on."""
         start, held = self.sum(cell, self.times(channel, self.numbers.itemsize)), {}
@@ -182,17 +184,18 @@ class Emitter:
             return held[i]
 
         if not self.numbers.packed:
-            return lambda field: self._float(self.b.zext(row(field), self.words))
+            number = self._brain if self.numbers.kind == "bfloat16" else self.half
+            return lambda field: number(self.b.zext(row(field), self.words))
         return lambda field: self._decoded(tables, field, row)
 
     def _decoded(self, tables: list, field: int, word: Callable[[int], Any]):
         b, bits = self.b, self.numbers.bits
         index, right = divmod(field * bits, 32)
-        code = b.lshr(word(index), self._word(right)) if right else word(index)
+        code = b.lshr(word(index), self.word(right)) if right else word(index)
         if right + bits > 32:  # at 3 bits: the rest is in the next word
-            code = b.or_(code, b.shl(word(index + 1), self._word(32 - right)))
+            code = b.or_(code, b.shl(word(index + 1), self.word(32 - right)))
         if not tables:
-            return b.sitofp(b.and_(code, self._word(2**bits - 1)), self.floats)
+            return b.sitofp(b.and_(code, self.word(2**bits - 1)), self.floats)
         if not self.permute:
             return self._select(tables, code, 0)
         # The bits of an index beyond the lanes are not looked at, and the table repeats what the code's bits reach.
@@ -202,25 +205,27 @@ class Emitter:
     def _select(self, values, code, bit):
         """The value whose number is `code >> bit`."""
         while len(values) > 1:
-            is_set = self.b.icmp_unsigned("!=", self.b.and_(code, self._word(1 << bit)), self._word(0))
+            is_set = self.b.icmp_unsigned("!=", self.b.and_(code, self.word(1 << bit)), self.word(0))
             values = [self.b.select(is_set, high, low) for low, high in zip(values[::2], values[1::2])]
             bit += 1
         return values[0]
 
-    def _float(self, bits):
+    def half(self, bits):
+        """float32 of float16 bits in the lower halves of words; what is not finite may become so."""
         b = self.b
-        if self.numbers.kind == "bfloat16":
-            return b.bitcast(b.shl(bits, self._word(16)), self.floats)
         if llvmlite.binding.get_host_cpu_features().get("f16c"):
             halves = b.bitcast(b.trunc(bits, self._halves), ir.VectorType(ir.HalfType(), self.width))
             return b.fpext(halves, self.floats)
-        size = b.and_(bits, self._word(0x7FFF))
+        size = b.and_(bits, self.word(0x7FFF))
         # Subnormal ones as integers: XLA's threads take subnormal float32 for 0.
         scale = ir.Constant(self.floats, [2.0**-24] * self.width)
         small = b.bitcast(b.fmul(b.sitofp(size, self.floats), scale), self.words)
-        value = b.add(b.shl(size, self._word(13)), self._word((127 - 15) << 23))
-        value = b.select(b.icmp_unsigned("<", size, self._word(0x400)), small, value)
-        return b.bitcast(b.or_(value, b.shl(b.and_(bits, self._word(0x8000)), self._word(16))), self.floats)
+        value = b.add(b.shl(size, self.word(13)), self.word((127 - 15) << 23))
+        value = b.select(b.icmp_unsigned("<", size, self.word(0x400)), small, value)
+        return b.bitcast(b.or_(value, b.shl(b.and_(bits, self.word(0x8000)), self.word(16))), self.floats)
+
+    def _brain(self, bits):
+        return self.b.bitcast(self.b.shl(bits, self.word(16)), self.floats)
 
     # Arithmetic.
 
@@ -258,9 +263,9 @@ class Emitter:
     def _all(self, scalar):
         kind = ir.VectorType(scalar.type, self.width)
         one = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(one, one, self._word(0))
+        return self.b.shuffle_vector(one, one, self.word(0))
 
-    def _word(self, value: int) -> ir.Constant:
+    def word(self, value: int) -> ir.Constant:
         return ir.Constant(self.words, [value] * self.width)
 
 

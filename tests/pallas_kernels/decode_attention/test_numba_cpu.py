@@ -9,7 +9,7 @@ import kernel_cases
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_attention import api, numba_cpu, numba_vectors, specs
+from pallas_kernels.decode_attention import api, numba_cpu, numba_vectors, reference, specs
 
 attend = functools.partial(api.decode_attention, implementation="numba_cpu")
 
@@ -80,7 +80,60 @@ def test_levels_on_machines_with_other_registers(storage, found, monkeypatch):
     numba_cpu._operation.cache_clear()
 
 
-@pytest.mark.parametrize("storage", ["f16", "kivi4"])
+def _in_part(arguments, **changes):
+    rest = {name: x for name, x in arguments.items() if name != "rotation"} | changes
+    return jax.jit(functools.partial(api.attend_in_part, implementation="numba_cpu"))(**rest)
+
+
+def _some_unread(v):
+    levels = np.array(v.levels)
+    levels.flat[1::3] = 0
+    return dataclasses.replace(v, levels=jnp.asarray(levels))
+
+
+def _off(arguments, partial, v):
+    """Errors against float64 over what was read."""
+    rest = [arguments[x] for x in ("q", "k", "layer", "first", "last")]
+    return kernel_cases.errors(partial, kernel_cases.attend(*rest[:2], v, *rest[2:]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths", "first"),
+    [("gqa4-h128", "T-1,T", 100), ("gqa4-h128", "T+1,full", 0)]
+    + [pytest.param(x, "full,0", 300, marks=newest) for x in ("mha-h96", "mqa16-h64", "gqa2-h256")],
+)
+def test_planes(shape, lengths, first):
+    """Each block at its level; what a level leaves out is not read: NaN, and the largest mantissa."""
+    arguments, _ = kernel_cases.case("alignedkv", shape, lengths, first)
+    v = _some_unread(arguments["v"])
+    partial, levels = _in_part(arguments, v=v)
+    assert max(_off(arguments, partial, v)) < 5e-5
+    poisoned = []
+    for x in (arguments["k"], v):
+        unread = (np.asarray(x.levels)[None, :, :, :, None, None] <= i for i in range(3))
+        planes = tuple(np.where(u, np.uint32(0xFFFFFFFF), p) for u, p in zip(unread, x.planes))
+        poisoned.append(dataclasses.replace(x, planes=planes))
+    for a, b in zip(_in_part(arguments, k=poisoned[0], v=poisoned[1])[0], partial):
+        np.testing.assert_array_equal(a, b)
+    assert (np.asarray(levels) <= np.asarray(v.levels)).all() and len(np.unique(levels)) > 1
+
+
+def test_levels_of_values_follow_their_probabilities():
+    arguments, _ = kernel_cases.case("alignedkv", "gqa4-h128", "T+1,full")
+    shape = (3, *arguments["v"].levels.shape)
+    limits = np.sort(np.random.default_rng(1).uniform(-9, -1, shape).astype(np.float32), axis=0)
+    known = np.stack([np.full((2, 4), x, np.float32) for x in (-1e30, 3.0)])
+    v = dataclasses.replace(arguments["v"], levels=None, limits=jnp.asarray(limits), known=known)
+    partial, read = _in_part(arguments, v=v)
+    assert max(_off(arguments, partial, dataclasses.replace(v, levels=read, limits=None))) < 5e-5
+    # The reference knows the final probabilities, the kernel bounds them: it may only read more.
+    rest = [arguments[x] for x in ("q", "k", "layer", "first", "last")]
+    wanted = jax.jit(reference.attend_in_part)(*rest[:2], v, *rest[2:])[1]
+    assert (read >= wanted).all() and (read == wanted).mean() > 0.6 and len(np.unique(read)) > 2
+    assert (read[0, 2:] == 0).all()  # beyond the row's 129 tokens
+
+
+@pytest.mark.parametrize("storage", ["f16", "kivi4", "alignedkv"])
 def test_subnormal_float16_count(storage):
     """XLA's threads take subnormal float32 for 0; small values and scales must not become that."""
     arguments, _ = kernel_cases.case(storage, "gqa4-h128", "T+1,full")
@@ -91,8 +144,11 @@ def test_subnormal_float16_count(storage):
 
     if storage == "f16":
         v = dataclasses.replace(v, values=smaller(v.values))
-    else:
+    elif storage == "kivi4":
         v = dataclasses.replace(v, scale=smaller(v.scale), zero=smaller(v.zero))
+    else:  # no exponent, and all of the mantissa
+        first = np.asarray(v.planes[0]) & np.uint32(0x83838383)
+        v = dataclasses.replace(v, planes=(first, *v.planes[1:]), levels=np.full_like(v.levels, 3))
     rest |= {"v": jax.tree.map(jnp.asarray, v)}
     expected = kernel_cases.attend(*(rest[x] for x in ("q", "k", "v", "layer", "first", "last")))
     error, _ = kernel_cases.errors(jax.jit(attend)(**rest), expected)
@@ -117,9 +173,17 @@ def test_temporaries_do_not_grow_with_the_context():
 
 def test_refusals():
     shape = specs.Shape(1, 1, 2, 4, 1, 128)
-    k, v = (specs.abstract(kind, shape) for kind in ("planes-channels", "planes"))
-    with pytest.raises(NotImplementedError, match="numba_cpu does not read float16 planes"):
-        api.check(k, v, 1, "numba_cpu", "", False)
+
+    def refuses(why, keys, values, rotates=False):
+        k, v = (specs.abstract(kind, shape) for kind in (keys, values))
+        with pytest.raises(NotImplementedError, match=why):
+            api.check(k, v, 1, "numba_cpu", "", rotates)
+
+    refuses("both be stored in float16 planes", "planes-channels", "dense")
+    refuses('values in "channels"; read are "channels" and "words"', "planes-channels", "planes-channels")
+    refuses("it does not rotate uniform codes", "affine4-tokens32", "affine4-channels32", rotates=True)
+    refuses("8 groups of tokens do not divide the 4 fields", "affine8-tokens16", "affine8-channels32")
+    refuses("scales of values are taken per token", "affine4-tokens32", "affine4-tokens32")
 
 
 def test_without_numba_it_says_what_to_install(monkeypatch):
