@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from pallas_kernels.decode_attention.formats import Format
 from pallas_kernels.decode_attention.numba_constants import MANY, Constants, constants
-from pallas_kernels.decode_attention.numba_vectors import Emitter, Numbers, registers
+from pallas_kernels.decode_attention.numba_vectors import Emitter, Numbers, in_parts, registers
 from pallas_kernels.native_cpu import JIT, address, pointer
 
 QUERIES = 8  # at a time, at most
@@ -182,12 +182,10 @@ class _Scores:
     def _emit(self, e: Emitter, scores, q, words, levels, scale, zero, angles, ahead) -> None:
         numbers = self.numbers
         (field_step, cell_step), tables = numbers.steps, e.tables(levels)
-        parts = -(-self.queries // QUERIES)
-        ends = [self.queries * i // parts for i in range(parts + 1)]
         with e.loop(numbers.cells) as cell:
             start, token = e.cell(words, cell), e.times(cell, cell_step)
             turning = (scale, zero, e.sum(angles, e.times(token, 4 * numbers.channels)))
-            for queries in map(range, ends, ends[1:]):
+            for queries in in_parts(self.queries, QUERIES):
                 together = max(1, registers() // 2 // len(queries))
                 for begin in range(0, numbers.fields, together):
                     fields = range(begin, min(begin + together, numbers.fields))

@@ -19,8 +19,8 @@ from pallas_kernels.decode_attention.formats import Planes, shape_of
 from pallas_kernels.decode_attention.numba_constants import MANY, arrays_of
 from pallas_kernels.decode_attention.numba_keys import QUERIES, Keys
 from pallas_kernels.decode_attention.numba_softmax import EMPTY
-from pallas_kernels.decode_attention.numba_values import SUMS, Values
-from pallas_kernels.decode_attention.numba_vectors import Emitter, Numbers, registers
+from pallas_kernels.decode_attention.numba_values import Values, emit_sums
+from pallas_kernels.decode_attention.numba_vectors import Emitter, Numbers, in_parts, registers
 from pallas_kernels.native_cpu import JIT, address, pointer
 
 BITS = (8, 4, 4)  # of a number in each plane, from the upper ones on
@@ -148,9 +148,8 @@ class _Scores:
     def _emit(self, builder: ir.IRBuilder, scores, q, first, second, third, heads) -> None:
         T, H = self.tokens, self.channels
         e, planes = Emitter(builder, Numbers("float16", 16, T, H), T // 8), (first, second, third)
-        parts, groups = -(-self.queries // QUERIES), T // e.width
-        ends = [self.queries * i // parts for i in range(parts + 1)]
-        for queries in map(range, ends, ends[1:]):
+        groups = T // e.width
+        for queries in in_parts(self.queries, QUERIES):
             together = max(1, registers() // 2 // len(queries))
             for begin in range(0, groups, together):
                 tokens = [i * e.width for i in range(begin, min(begin + together, groups))]
@@ -199,36 +198,22 @@ class _Sums:
         T, H = self.tokens, self.channels
         e, planes = Emitter(builder, Numbers("float16", 16, T, H), H), (first, second, third)
         cells, fields = T // 8, 8  # of the planes of 4 bits; of 8 bits a field has two rows of words
-        parts = -(-self.queries // SUMS)
-        ends = [self.queries * i // parts for i in range(parts + 1)]
-        for queries in map(range, ends, ends[1:]):
-            chains = max(1, SUMS // len(queries))  # a sum waits for the one before it
-            with e.loop(H // e.width, e.width) as channel:
-                rows = [(acc, e.times(channel, 4), 4 * g * H) for g in queries]
-                begin = [e.load(e.floats, *row) for row in rows]
-                places = e.carried(begin + [e.zero()] * (len(rows) * (chains - 1)))
-                with e.loop(cells) as cell:
-                    start, now = e.sum(e.times(cell, 4 * H), e.times(channel, 4)), e.load_all(places)
-                    words = [[e.load(e.words, planes[0], start, 4 * H * cells * i) for i in range(2)]]
-                    words += [[e.load(e.words, x, start)] for x in planes[1 : self.level]]
-                    for plane, bits in zip(planes[: self.level], BITS):
-                        ahead = e.times(heads, T * bits // 8 * H)
-                        for i in range(bits // 4):
-                            e.prefetch(plane, start, ahead, 4 * H * cells * i)
-                    own = e.sum(weights, e.times(cell, 4))
-                    for field in range(fields):
-                        mine = [words[0][field % 2], *(x[0] for x in words[1:])]
-                        value = _half(e, self.level, mine, [field // 2 * 8, field * 4, field * 4])
-                        chain = field % chains * len(rows)
-                        for i, g in enumerate(queries, chain):
-                            now[i] = e.multiply_add(e.broadcast(own, 4 * (g * T + field * cells)), value, now[i])
-                    e.store_all(now, places)
-                totals = e.load_all(places)
-                for i, row in enumerate(rows):
-                    total = totals[i]
-                    for x in totals[i + len(rows) :: len(rows)]:
-                        total = builder.fadd(total, x)
-                    builder.store(total, e.place(e.floats, *row), align=4)
+
+        def read(cell, channel, prefetch):
+            start, words = e.sum(e.times(cell, 4 * H), e.times(channel, 4)), []
+            for plane, bits in zip(planes[: self.level], BITS):
+                rows = [4 * H * cells * i for i in range(bits // 4)]
+                words.append([e.load(e.words, plane, start, row) for row in rows])
+                for row in rows if prefetch else ():
+                    e.prefetch(plane, start, e.times(heads, T * bits // 8 * H), row)
+
+            def number(field):
+                mine = [words[0][field % 2], *(x[0] for x in words[1:])]
+                return _half(e, self.level, mine, [field // 2 * 8, field * 4, field * 4])
+
+            return number
+
+        emit_sums(e, H, self.queries, fields, (cells, 1), read, acc, weights)
 
 
 def _compiled(write: Callable) -> Callable:

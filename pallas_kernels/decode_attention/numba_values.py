@@ -5,6 +5,7 @@ in registers, for several queries at once.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numba
@@ -14,7 +15,7 @@ from numba.extending import intrinsic
 
 from pallas_kernels.decode_attention.formats import Format
 from pallas_kernels.decode_attention.numba_constants import MANY, constants
-from pallas_kernels.decode_attention.numba_vectors import Emitter, Numbers
+from pallas_kernels.decode_attention.numba_vectors import Emitter, Numbers, in_parts
 from pallas_kernels.native_cpu import JIT, address, pointer
 
 SUMS = 8  # in registers at a time
@@ -87,11 +88,7 @@ class _Sums:
         @intrinsic
         def emit(typing, acc, words, weights, zeros, levels, ahead):
             def build(context, builder, signature, args):
-                emitter = Emitter(builder, self.numbers, self.channels)
-                parts = -(-self.queries // SUMS)
-                ends = [self.queries * i // parts for i in range(parts + 1)]
-                for queries in map(range, ends, ends[1:]):
-                    self._emit(emitter, queries, *args)
+                self._emit(Emitter(builder, self.numbers, self.channels), *args)
                 return context.get_dummy_value()
 
             return types.void(*[types.int64] * 6), build
@@ -102,29 +99,47 @@ class _Sums:
 
         return sums
 
-    def _emit(self, e: Emitter, queries: range, acc, words, weights, zeros, levels, ahead) -> None:
-        numbers = self.numbers
-        (field_step, cell_step), tables = numbers.steps, e.tables(levels)
+    def _emit(self, e: Emitter, acc, words, weights, zeros, levels, ahead) -> None:
+        numbers, tables = self.numbers, e.tables(levels)
+
+        def read(cell, channel, prefetch):
+            start = e.cell(words, cell)
+            if prefetch:
+                e.prefetch_cell(start, channel, ahead)
+            return e.reader(tables, start, channel)
+
+        emit_sums(e, self.channels, self.queries, numbers.fields, numbers.steps, read, acc, weights, zeros)
+
+
+def emit_sums(
+    e: Emitter, channels: int, group: int, fields: int, steps: tuple[int, int], read: Callable, acc, weights, zeros=None
+) -> None:
+    """Writes the instructions of `_Sums`.
+
+    Args:
+      fields, steps: as of `Numbers`.
+      read: `read(cell, channel, prefetch) -> number(field)`, float32 from a channel on; `prefetch`: ask for the
+        next block's numbers, too.
+    """
+    (field_step, cell_step), T, H = steps, e.numbers.tokens, e.numbers.channels
+    for queries in in_parts(group, SUMS):
         chains = max(1, SUMS // len(queries))  # a sum waits for the one before it
-        with e.loop(self.channels // e.width, e.width) as channel:
-            rows = [(acc, e.times(channel, 4), 4 * g * numbers.channels) for g in queries]
-            begin = [e.b.fadd(e.load(e.floats, *row), e.broadcast(zeros, 4 * g)) for g, row in zip(queries, rows)]
+        with e.loop(channels // e.width, e.width) as channel:
+            rows = [(acc, e.times(channel, 4), 4 * g * H) for g in queries]
+            begin = [e.load(e.floats, *row) for row in rows]
+            if zeros is not None:
+                begin = [e.b.fadd(x, e.broadcast(zeros, 4 * g)) for g, x in zip(queries, begin)]
             places = e.carried(begin + [e.zero()] * (len(rows) * (chains - 1)))
-            with e.loop(numbers.cells) as cell:
-                start, own = e.cell(words, cell), e.sum(weights, e.times(cell, 4 * cell_step))
+            with e.loop(T // fields) as cell:
+                number, own = read(cell, channel, queries.start == 0), e.sum(weights, e.times(cell, 4 * cell_step))
                 now = e.load_all(places)
-                number = e.reader(tables, start, channel)
-                for field in range(numbers.fields):
+                for field in range(fields):
                     value, chain = number(field), field % chains * len(rows)
                     for i, g in enumerate(queries, chain):
-                        weight = e.broadcast(own, 4 * (g * numbers.tokens + field * field_step))
+                        weight = e.broadcast(own, 4 * (g * T + field * field_step))
                         now[i] = e.multiply_add(weight, value, now[i])
                 e.store_all(now, places)
-                if not queries.start:
-                    e.prefetch_cell(start, channel, ahead)
             totals = e.load_all(places)
             for i, row in enumerate(rows):
-                total = totals[i]
-                for x in totals[i + len(rows) :: len(rows)]:
-                    total = e.b.fadd(total, x)
+                total = functools.reduce(e.b.fadd, totals[i :: len(rows)])
                 e.b.store(total, e.place(e.floats, *row), align=4)

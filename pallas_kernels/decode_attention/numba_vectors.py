@@ -40,6 +40,12 @@ def registers() -> int:
     return 16 if platform.machine().lower() in ("x86_64", "amd64") and lanes() < LARGEST else 32
 
 
+def in_parts(count: int, most: int) -> list[range]:
+    """The numbers below `count`, in the fewest parts of at most so many, about equal."""
+    parts = -(-count // most)
+    return [range(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Numbers:
     """One block and head of stored keys or values, in *cells*, each with several *fields*: the numbers of one token.
