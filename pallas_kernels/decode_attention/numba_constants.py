@@ -8,7 +8,7 @@ import jax
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import carray, float32, types, uint16
+from numba import carray, float32, int32, int64, types, uint16
 from numba.extending import intrinsic
 
 from pallas_kernels.decode_attention.formats import Affine, Codebook, Dense, Format, Planes, shape_of
@@ -67,6 +67,18 @@ def constants(fmt: Format, first: int) -> Constants:
     size = fmt.scale.shape[-1]
     total = 2 * size + LEVELS + fmt.slots * shape_of(fmt)[4]
     return Constants(fmt.per, 1, size, LEVELS, fmt.slots, total, _of_codebook(fmt, first + 1))
+
+
+# With signatures: else these are compiled anew for each number that stands where they are called.
+@numba.njit(float32[::1](int64, int64), **JIT)
+def floats_at(buffers, i):
+    """Operand or result number i."""
+    return carray(pointer(address(buffers, i), float32), (MANY,))
+
+
+@numba.njit(int32[::1](int64, int64), **JIT)
+def integers_at(buffers, i):
+    return carray(pointer(address(buffers, i), int32), (MANY,))
 
 
 def _bits(build: Callable) -> Any:
@@ -136,13 +148,13 @@ def _of_codebook(fmt: Codebook, first: int) -> Callable:
         for n in range(2):
             out = meta[n * size : (n + 1) * size]
             if per_channel:
-                fitted = carray(pointer(address(buffers, first + 1 + n), float32), (MANY,))
+                fitted = floats_at(buffers, first + 1 + n)
                 for h in range(size):
                     out[h] = fitted[at[3] * size + h]
             else:
                 numbers = carray(pointer(address(buffers, first + 1 + n), uint16), (MANY,))
                 floats(out, numbers[at[1] * size : (at[1] + 1) * size], False)
-        levels = carray(pointer(address(buffers, first), float32), (MANY,))
+        levels = floats_at(buffers, first)
         for j in range(LEVELS):
             meta[2 * size + j] = levels[at[2] * count + j % count]
         if slots:

@@ -22,8 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numba
-from numba import carray, float32, int32, int64
+from numba import carray, float32
 
 from pallas_kernels import packing
 from pallas_kernels.decode_attention.formats import (
@@ -37,16 +36,16 @@ from pallas_kernels.decode_attention.formats import (
     joined_heads,
     shape_of,
 )
-from pallas_kernels.decode_attention.numba_constants import MANY, arrays_of
+from pallas_kernels.decode_attention.numba_constants import arrays_of, floats_at, integers_at
 from pallas_kernels.decode_attention.numba_keys import keys
 from pallas_kernels.decode_attention.numba_planes import plane_keys, plane_values
+from pallas_kernels.decode_attention.numba_rotation import digits, leave_queries, rotation_angles, turn_queries
 from pallas_kernels.decode_attention.numba_softmax import EMPTY, soften
 from pallas_kernels.decode_attention.numba_values import values
 from pallas_kernels.decode_attention.numba_vectors import SMALLEST
 from pallas_kernels.decode_attention.xla_cpu import cores
-from pallas_kernels.native_cpu import JIT, address, free, malloc, operation, pointer
+from pallas_kernels.native_cpu import free, malloc, operation, pointer
 
-RADIX = 64  # blocks that a table of angles reaches
 ITEMS_PER_CORE = 4  # so that cores finish together
 
 
@@ -161,8 +160,8 @@ def _attend(
     G = q.shape[2]
     splits = min(N, -(-ITEMS_PER_CORE * cores() // (B * K)))
     run = _operation(_one_block(k), _one_block(v), G, rotation is not None)
-    angles = [] if rotation is None else _angles(rotation, N, T)
-    sizes = jnp.asarray([B, N, K, splits, _digits(N)], jnp.int32)
+    angles = [] if rotation is None else rotation_angles(rotation, N, T)
+    sizes = jnp.asarray([B, N, K, splits, digits(N)], jnp.int32)
     # Compiled code checks no index.
     layer, first, last = jnp.clip(layer, 0, L - 1).reshape(1), jnp.maximum(first, 0), jnp.minimum(last, N * T)
     operands = [sizes, layer, first, last, q, *angles, *arrays_of(k), *arrays_of(v)]
@@ -182,22 +181,6 @@ def _merged(parts: Partial) -> Partial:
     return Partial((parts.acc * weight[..., None]).sum(2), top, (parts.sum * weight).sum(2))
 
 
-def _digits(blocks: int) -> int:
-    """Of a block's number, to the base `RADIX`."""
-    return 1 if blocks <= RADIX else 1 + _digits(-(-blocks // RADIX))
-
-
-def _angles(rotation: Rotation, blocks: int, tokens: int) -> list[jax.Array]:
-    """cos and sin, side by side, `[.., H]`: of the query's position, of a block's tokens, and of blocks.
-
-    The last for each digit of a block's number: so tables do not grow with the context.
-    """
-    places = [RADIX**digit * tokens * jnp.arange(RADIX, dtype=jnp.int32) for digit in range(_digits(blocks))]
-    starts = rotation.place(jnp.concatenate(places), tokens)
-    offsets = (rotation.position, jnp.arange(tokens, dtype=jnp.int32), starts)
-    return [jnp.concatenate(rotation.angles(x), axis=-1) for x in offsets]
-
-
 def _one_block(fmt: Format) -> Format:
     """The format without what its code does not depend on: sizes only, and one layer, row and block of them."""
 
@@ -208,17 +191,6 @@ def _one_block(fmt: Format) -> Format:
         return jax.ShapeDtypeStruct((1,) * x.ndim if isinstance(fmt, Planes) else (1, *x.shape[1:]), x.dtype)
 
     return jax.tree.map(one, fmt)
-
-
-# With signatures: else they are compiled anew for each number that stands where they are called.
-@numba.njit(float32[::1](int64, int64), **JIT)
-def _floats(buffers, i):
-    return carray(pointer(address(buffers, i), float32), (MANY,))
-
-
-@numba.njit(int32[::1](int64, int64), **JIT)
-def _integers(buffers, i):
-    return carray(pointer(address(buffers, i), int32), (MANY,))
 
 
 @functools.cache
@@ -236,14 +208,14 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
     prepare_keys, score, prepare_values, add = scored.prepare, scored.score, added.prepare, added.add
     key_size, value_size = scored.meta_size, added.meta_size
     scratch_size = (2 * group + 1) * H + group * (T + 2) + key_size + value_size
-    turn_queries = _turn_queries(group, H) if rotates else _nothing
+    turn = turn_queries(group, H) if rotates else leave_queries
 
     def work(buffers, item):
         """One row, head and split of the context."""
-        sizes, layer = _integers(buffers, 0), _integers(buffers, 1)[0]
-        B, N, K, S, digits = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
+        sizes, layer = integers_at(buffers, 0), integers_at(buffers, 1)[0]
+        B, N, K, S, count = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
         b, k, s = item // (K * S), item // S % K, item % S
-        first, last = _integers(buffers, 2)[b], _integers(buffers, 3)[b]
+        first, last = integers_at(buffers, 2)[b], integers_at(buffers, 3)[b]
         begin = first // T
         blocks = (last + T - 1) // T - begin if last > first else 0
         scratch = malloc(4 * scratch_size)
@@ -254,8 +226,8 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
         angle, memory = memory[:H], memory[H:]
         top, total, memory = memory[:group], memory[group : 2 * group], memory[2 * group :]
         key_meta, value_meta = memory[:key_size], memory[key_size:]
-        queries = _floats(buffers, 4)[(b * K + k) * group * H :][: group * H].reshape((group, H))
-        angles = _floats(buffers, within)[: T * H].reshape((T, H))
+        queries = floats_at(buffers, 4)[(b * K + k) * group * H :][: group * H].reshape((group, H))
+        angles = floats_at(buffers, within)[: T * H].reshape((T, H))
         for g in range(group):
             top[g], total[g] = EMPTY, 0
             for h in range(H):
@@ -263,7 +235,7 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
         for n in range(begin + blocks * s // S, begin + blocks * (s + 1) // S):
             block = (layer * B + b) * N + n
             at = (block * K + k, block, layer, layer * K + k, K, (b * N + n) * K + k, b * K + k, B * N * K)
-            turn_queries(q, queries, angle, b, n, digits, buffers)
+            turn(q, queries, angle, b, n, count, buffers)
             prepare_keys(key_meta, buffers, at)
             score(scores, q, angles, key_meta, buffers, at)
             soften(scores, first - n * T, last - n * T, top, total, acc)
@@ -272,40 +244,9 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
         for g in range(group):
             place = item * group + g
             for h in range(H):
-                _floats(buffers, first_result)[place * H + h] = acc[g, h]
-            _floats(buffers, first_result + 1)[place] = top[g]
-            _floats(buffers, first_result + 2)[place] = total[g]
+                floats_at(buffers, first_result)[place * H + h] = acc[g, h]
+            floats_at(buffers, first_result + 1)[place] = top[g]
+            floats_at(buffers, first_result + 2)[place] = total[g]
         free(scratch)
 
     return operation(f"decode_attention 1: {k}, {v}, {group}, {rotates}", work)
-
-
-@numba.njit(**JIT)
-def _nothing(out, queries, angle, row, block, digits, buffers):
-    """Keys are stored after RoPE, and so are the queries."""
-
-
-@functools.cache
-def _turn_queries(group: int, channels: int) -> Callable:
-    half = channels // 2
-
-    @numba.njit(**JIT)
-    def turn_queries(out, queries, angle, row, block, digits, buffers):
-        """Queries as seen from where a block starts: turned by position - start."""
-        position = _floats(buffers, 5)[row * channels :]
-        for h in range(channels):
-            angle[h] = position[h]
-        for d in range(digits):
-            start = _floats(buffers, 7)[(d * RADIX + block % RADIX) * channels :]
-            cos, sin = start[:half], start[half:channels]
-            for h in range(half):
-                c, s = angle[h], angle[half + h]
-                angle[h], angle[half + h] = c * cos[h] + s * sin[h], s * cos[h] - c * sin[h]
-            block //= RADIX
-        for g in range(group):
-            low, high = queries[g, :half], queries[g, half:]
-            for h in range(half):
-                c, s = angle[h], angle[half + h]
-                out[g, h], out[g, half + h] = low[h] * c - high[h] * s, high[h] * c + low[h] * s
-
-    return turn_queries

@@ -12,16 +12,16 @@ from collections.abc import Callable
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import carray, float32, int32, types
+from numba import types
 from numba.extending import intrinsic
 
 from pallas_kernels.decode_attention.formats import Planes, shape_of
-from pallas_kernels.decode_attention.numba_constants import MANY, arrays_of
+from pallas_kernels.decode_attention.numba_constants import arrays_of, floats_at, integers_at
 from pallas_kernels.decode_attention.numba_keys import QUERIES, Keys
 from pallas_kernels.decode_attention.numba_softmax import EMPTY
 from pallas_kernels.decode_attention.numba_values import Values, emit_sums
 from pallas_kernels.decode_attention.numba_vectors import Emitter, Numbers, in_parts, registers
-from pallas_kernels.native_cpu import JIT, address, pointer
+from pallas_kernels.native_cpu import JIT, address
 
 BITS = (8, 4, 4)  # of a number in each plane, from the upper ones on
 LEVELS = len(BITS)
@@ -35,7 +35,7 @@ def plane_keys(fmt: Planes, first: int, group: int) -> Keys:
 
     @numba.njit(**JIT)
     def score(scores, q, angles, meta, buffers, at):
-        level = carray(pointer(address(buffers, first + 3), int32), (MANY,))[at[5]]
+        level = integers_at(buffers, first + 3)[at[5]]
         planes = _addresses(buffers, first, at[0], sizes)
         if level == 0:
             scores[:] = 0
@@ -59,7 +59,7 @@ def plane_values(fmt: Planes, first: int, group: int) -> Values:
     @numba.njit(**JIT)
     def add(acc, p, top, total, meta, buffers, at):
         level = level_of(p, top, total, buffers, at)
-        carray(pointer(address(buffers, read), int32), (MANY,))[at[5]] = level
+        integers_at(buffers, read)[at[5]] = level
         planes = _addresses(buffers, first, at[0], sizes)
         if level == 1:
             one(acc.ctypes.data, p.ctypes.data, planes, at[4])
@@ -88,7 +88,7 @@ def _addresses(buffers, first, block, sizes):
 def _given(levels: int) -> Callable:
     @numba.njit(**JIT)
     def level_of(p, top, total, buffers, at):
-        return carray(pointer(address(buffers, levels), int32), (MANY,))[at[5]]
+        return integers_at(buffers, levels)[at[5]]
 
     return level_of
 
@@ -97,7 +97,7 @@ def _by_limits(limits: int, group: int) -> Callable:
     @numba.njit(**JIT)
     def level_of(p, top, total, buffers, at):
         """The number of limits below the largest log-probability of the block, `p / total` at most."""
-        known = carray(pointer(address(buffers, limits + 1), float32), (MANY,))
+        known = floats_at(buffers, limits + 1)
         largest = EMPTY
         for g in range(group):
             weight = np.float32(0)
@@ -109,7 +109,7 @@ def _by_limits(limits: int, group: int) -> Callable:
             if weight > 0:
                 largest = max(largest, math.log(weight) + top[g] - log_sum)
         level = 0
-        rule = carray(pointer(address(buffers, limits), float32), (MANY,))
+        rule = floats_at(buffers, limits)
         for i in range(LEVELS):
             if largest > rule[i * at[7] + at[5]]:
                 level += 1
