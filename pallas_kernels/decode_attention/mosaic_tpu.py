@@ -30,12 +30,9 @@ from pallas_kernels.decode_attention.formats import (
 from pallas_kernels.decode_attention.heads import padded_group
 from pallas_kernels.decode_attention.tpu_affine_keys import KeysPerChannel, KeysPerToken
 from pallas_kernels.decode_attention.tpu_affine_values import ValuesPerToken
-from pallas_kernels.decode_attention.tpu_codebook import (
-    CodebookKeys,
-    CodebookValues,
-    check_codebook,
-    check_codebook_keys,
-)
+from pallas_kernels.decode_attention.tpu_codebook import check_codebook, check_codebook_keys
+from pallas_kernels.decode_attention.tpu_codebook_keys import CodebookKeys
+from pallas_kernels.decode_attention.tpu_codebook_values import CodebookValues
 from pallas_kernels.decode_attention.tpu_dense import DenseKeys, DenseValues
 from pallas_kernels.decode_attention.tpu_plan import BF16_ARITHMETIC, INT8_PRODUCTS, LANES, SUBLANES, Plan, make_plan
 from pallas_kernels.decode_attention.tpu_skeleton import decode

@@ -24,7 +24,7 @@ from pallas_kernels.decode_attention.tpu_metadata import (
 )
 from pallas_kernels.decode_attention.tpu_plan import LANES, Plan
 from pallas_kernels.decode_attention.tpu_products import RoundedQueries, query_rows, splat
-from pallas_kernels.decode_attention.tpu_rows import SingleRows, read_single, single_rows, single_scratch
+from pallas_kernels.decode_attention.tpu_single_rows import SingleRows, read_single, single_rows, single_scratch
 from pallas_kernels.decode_attention.tpu_skeleton import CONTRACT_LANES, Refs, Step
 from pallas_kernels.decode_attention.tpu_token_metadata import TokenMetadata
 

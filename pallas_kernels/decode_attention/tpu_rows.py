@@ -11,7 +11,7 @@ cache for one layer of one step. So these operands follow the layouts of XLA (as
   `[L, B, N, 1, T]` are. So it is on devices that have fewer than 4 of a model's heads.
 * other `[L, B, N, K, s, T]`: as they stand.
 
-Scales and zeros of affine storage with one row per block (`SingleRows`) are of the first or the second kind.
+Scales and zeros of affine storage with one row per block (`tpu_single_rows`) are of the first or the second kind.
 """
 
 import dataclasses
@@ -27,8 +27,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_attention.tpu_metadata import (
     by_pieces,
     can_view,
-    float32,
-    float_scratch,
     take_lanes,
     viewed,
 )
@@ -272,83 +270,6 @@ class SlotRows:
         rows = pl.ds(first * self._rows + row, size, stride=self._rows) if self._rows > 1 else pl.ds(first, size)
         x = viewed(ref)[rows] if self._in_place else jnp.concatenate([words[i, rows] for i in tiles], axis=1)
         return (x << shift) & jnp.int32(-(1 << (32 - bits)))
-
-
-@dataclasses.dataclass(frozen=True)
-class SingleRows:
-    """16-bit floats `[L, B, N, K or 1, 1, W]`, one row per block: of a chunk as float32 in scratch.
-
-    W are tokens or channels. XLA keeps blocks (where the heads share a row) or heads on sublanes.
-    """
-
-    array: Any
-    dtype: str
-    plan: Plan
-
-    @property
-    def shared(self) -> bool:
-        return self.array.shape[3] == 1
-
-    @property
-    def count(self) -> int:
-        """Operands."""
-        return SharedRows(self.plan).windows if self.shared else 1
-
-    @property
-    def _heads(self) -> SlotRows:
-        return SlotRows(self.array, self.plan)
-
-    def operands(self) -> list[Operand]:
-        return SharedRows(self.plan).operands(self.array[..., 0, :]) if self.shared else [self._heads.operand()]
-
-    def scratch(self) -> list[Any]:
-        """Floats, and words on the way there."""
-        rows = SharedRows(self.plan).rows if self.shared else self.plan.chunk_blocks
-        floats = float_scratch(rows, self.array.shape[-1])
-        return [floats, pltpu.VMEM((8, LANES), jnp.int32) if self.shared else self._heads.scratch()]
-
-    def chunk(self, refs: Refs, scratch: Refs, step: Step) -> None:
-        bits = SharedRows(self.plan).read(refs) if self.shared else self._heads.read(refs[0], scratch[1], step)[0]
-        floats = float32(bits, self.dtype)
-        for n in range(scratch[0].shape[0]):
-            scratch[0][n] = floats[:, n * LANES : (n + 1) * LANES]
-
-    def bits_scratch(self) -> Any:
-        if not self.shared:
-            return self._heads.scratch()
-        return pltpu.VMEM((self.array.shape[-1] // LANES, SharedRows(self.plan).rows, LANES), jnp.int32)
-
-    def bits(self, refs: Refs, scratch: Any, step: Step) -> jax.Array:
-        """int32 `[chunk_blocks, W]` of the chunk's blocks, the number in the upper bits."""
-        if not self.shared:
-            return self._heads.read(refs[0], scratch, step)[0]
-        words = SharedRows(self.plan).read(refs)
-        for n in range(scratch.shape[0]):
-            scratch[n] = words[:, n * LANES : (n + 1) * LANES]
-        rows = pl.ds(self.offset(step), self.plan.chunk_blocks)
-        return jnp.concatenate([scratch.at[n][rows] for n in range(scratch.shape[0])], axis=1)
-
-    def offset(self, step: Step) -> jax.Array:
-        """The row of the chunk's first block."""
-        return SharedRows(self.plan).offset(step) if self.shared else jnp.int32(0)
-
-
-def single_scratch(arrays: list[SingleRows]) -> list[Any]:
-    """For scale and zero, which are laid out alike: theirs, and where the chunk's first block is."""
-    return [*(x for array in arrays for x in array.scratch()), pltpu.SMEM((1,), jnp.int32)]
-
-
-def read_single(arrays: list[SingleRows], operands: Refs, scratch: Refs, step: Step) -> None:
-    """Once per chunk."""
-    for i, array in enumerate(arrays):
-        array.chunk(operands[i * array.count : (i + 1) * array.count], scratch[2 * i : 2 * i + 2], step)
-    scratch[-1][0] = arrays[0].offset(step)
-
-
-def single_rows(scratch: Refs, first: jax.Array, blocks: int) -> list[jax.Array]:
-    """float32 `[blocks, W]` of scale and of zero, from block `first` of the chunk on."""
-    rows = pl.ds(scratch[-1][0] + first, blocks)
-    return [jnp.concatenate([ref[n, rows] for n in range(ref.shape[0])], axis=1) for ref in scratch[:3:2]]
 
 
 def row(ref: Any, index: tuple, first: jax.Array, count: int) -> jax.Array:

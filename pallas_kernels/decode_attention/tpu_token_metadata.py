@@ -25,7 +25,7 @@ from pallas_kernels.decode_attention.tpu_metadata import (
 )
 from pallas_kernels.decode_attention.tpu_plan import LANES, SUBLANES, Operand, Plan
 from pallas_kernels.decode_attention.tpu_products import splat
-from pallas_kernels.decode_attention.tpu_rows import SingleRows
+from pallas_kernels.decode_attention.tpu_single_rows import SingleRows
 from pallas_kernels.decode_attention.tpu_skeleton import Refs, Step
 
 PIECE = 64  # rows of words
