@@ -43,7 +43,10 @@ from kvjax.evaluate.report import machine, plotting
 from kvjax.evaluate.text import read_file
 from pallas_kernels.decode_attention import api, specs
 
-STORAGES = "kivi4,kivi2,kvquant4,kvquant3,kvquant2,int4,kvquant4-dense,kvquant2-dense,int8,asymkv-k2v1,kivi1"
+STORAGES = (
+    "kivi4,kivi2,kvquant4,kvquant3,kvquant2,int4,kvquant4-dense,kvquant2-dense,int8,asymkv-k2v1,kivi1,"
+    "alignedkv-16,alignedkv-8"
+)
 # What matters most first, should the time end; one of them is no multiple of a block.
 CONTEXTS = {
     "cpu": [4096, 32768],
@@ -239,8 +242,8 @@ def say(what: str) -> None:
 def _storages(args: argparse.Namespace) -> tuple[str, ...]:
     names = tuple(dict.fromkeys((STORAGES if args.quant is None else args.quant).split(",")))
     for name in names:
-        if name not in specs.STORAGES:
-            raise ValueError(f"`quant={name}` is not a storage; there are {', '.join(specs.STORAGES)}.")
+        if name not in specs.TIMED:
+            raise ValueError(f"`quant={name}` is not a storage; there are {', '.join(specs.TIMED)}.")
     return names
 
 

@@ -59,6 +59,12 @@ PLANES = {"alignedkv": Storage("planes-channels", "planes")}
 
 # What is counted of it: planes of keys and of values that every run is read to, by their bits.
 PLANES_READ = {"alignedkv-16": (3, 3), "alignedkv-12": (2, 2), "alignedkv-8": (1, 1), "alignedkv-8-0": (1, 0)}
+# What benchmarks may time: planes too, every block read to one level ("-r1"), of which values are not all left out.
+TIMED = STORAGES | {
+    name: Storage(f"planes-channels-r{keys}", f"planes-r{values}")
+    for name, (keys, values) in PLANES_READ.items()
+    if values
+}
 
 # Two rows: `lengths` in tokens of the storage, as the name says ("full": all of it). T = 128.
 LENGTHS = {"0,1": (0, 1), "T-1,T": (127, 128), "T+1,full": (129, None), "full,0": (None, 0)}
@@ -119,8 +125,8 @@ def make(kind: str, shape: Shape, rng: np.random.Generator) -> Format:
 
 
 def _planes(kind: str, shape: Shape, rng: np.random.Generator) -> Planes:
-    """Random float16 in planes, of which subnormal numbers are one in fifty; levels from 1 to 3, by blocks."""
-    order: Literal["words", "channels"] = "channels" if kind == "planes-channels" else "words"
+    """Random float16 in planes, of which subnormal numbers are one in fifty; levels from 1 to 3 by blocks, or "-rN"."""
+    order: Literal["words", "channels"] = "channels" if kind.startswith("planes-channels") else "words"
     lead, T, H = (shape.layers, shape.batch, shape.blocks, shape.heads), shape.tokens, shape.channels
     x = rng.standard_normal((*lead, T, H))
     bits = _half(np.where(rng.random(x.shape) < 0.02, x * 2.0**-15, x))
@@ -128,7 +134,8 @@ def _planes(kind: str, shape: Shape, rng: np.random.Generator) -> Planes:
     for width, shift in ((8, 8), (4, 4), (4, 0)):
         plane = np.asarray(packing.pack((bits >> shift) & (2**width - 1), width))
         planes.append(plane if order == "words" else plane.swapaxes(-1, -2))
-    levels = rng.integers(1, 4, (shape.batch, shape.blocks, shape.heads)).astype(np.int32)
+    lowest, highest = (int(kind[-1]),) * 2 if "-r" in kind else (1, 3)
+    levels = rng.integers(lowest, highest + 1, (shape.batch, shape.blocks, shape.heads)).astype(np.int32)
     return Planes(tuple(planes), levels, order=order)
 
 

@@ -48,6 +48,18 @@ def test_attention(main, tmp_path, capsys, monkeypatch, joined):
     assert "x bf16" in out and "ceilings" in out and "3.000" in out  # bits per element
 
 
+def test_planes_are_timed_as_they_are_read(main, tmp_path, capsys):
+    file = tmp_path / "attention.json"
+    arguments = ["--attention", *SMALL, "--quant", "alignedkv-8", "--contexts", "300", "--rounds", "2"]
+    assert main([*arguments, "--implementation", "numba_cpu", "--json", str(file)]) == 0
+    row = next(row for row in json.loads(file.read_text())["rows"] if row["storage"] == "alignedkv-8")
+    assert row["status"] == "ok" and row["error"] <= row["bound"]
+    # 3 blocks of 128 tokens, 2 heads of 32 channels: 8 of 16 bits of each, and a level for each block and head.
+    assert [row["bytes"][x] for x in ("keys", "values", "metadata")] == [24576, 24576, 2 * 24]
+    assert main([*arguments, "--implementation", "xla_cpu"]) == 0
+    assert "xla_cpu does not read float16 planes" in capsys.readouterr().out
+
+
 def test_what_is_not_right_is_reported_and_not_timed(monkeypatch):
     def small_case(kinds, *_):
         if kinds == specs.STORAGES["int8"]:
@@ -96,7 +108,7 @@ def test_a_tpu_is_timed_on_what_its_caches_hold(storage, channels):
     context = shape_of(held[0])[2] * cache.block
     settings = attention.Settings((storage,), (), channels=channels, implementation="mosaic_tpu", chip="v5e")
     shape, kinds = settings.stored(storage, context), specs.STORAGES[storage]
-    k, v, cuts = jax.eval_shape(attention.filler(kinds, shape, context, 0, settings.joined))
+    k, v, cuts = jax.eval_shape(attention.filler(kinds, shape, context, 0, settings))
     api.check(k, v, settings.group, settings.implementation, settings.chip, kinds.pre_rope)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves((k, v))] == [(x.shape, x.dtype) for x in jax.tree.leaves(held)]
     assert {shape_of(x)[3] for x in cuts[0]} == {8}  # heads apart

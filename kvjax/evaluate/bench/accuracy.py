@@ -53,7 +53,8 @@ def small_case(
     k, v = (specs.make(kind, size, rng) for kind in (kinds.keys, kinds.values))
     q, full = specs.query(size, rng), size.blocks * size.tokens
     position = np.full(2, full + 37, np.int32)
-    device = [jax.tree.map(jnp.asarray, x) for x in (q, *heads.join_formats(k, v, joined, kinds.pre_rope))]
+    stored = contents.in_runs(*heads.join_formats(k, v, joined, kinds.pre_rope), shape.group, implementation, chip)
+    device = [jax.tree.map(jnp.asarray, x) for x in (q, *stored)]
 
     def attend(q, k, v, first, last):
         rotation = contents.rotation(size.channels, position) if kinds.pre_rope else None

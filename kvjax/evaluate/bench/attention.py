@@ -31,7 +31,7 @@ class Settings:
     """What to measure.
 
     Attributes:
-      storages: names of `specs.STORAGES`; `BASE` is always among what is timed.
+      storages: names of `specs.TIMED`; `BASE` is always among what is timed.
       contexts: tokens, multiples of a block or not.
       batch, heads, group, channels: rows, kv heads, query heads of each, head size.
       block: tokens per block, where a cache would not have more of a storage.
@@ -62,7 +62,7 @@ class Settings:
         """`shape` of a storage, in blocks as a cache has them where the implementation runs."""
         shape = self.shape(context, layers)
         if self.implementation == "mosaic_tpu":
-            shape = specs.in_tpu_blocks(specs.STORAGES[name], shape)
+            shape = specs.in_tpu_blocks(specs.TIMED[name], shape)
         return dataclasses.replace(shape, blocks=-(-context // shape.tokens))
 
     @property
@@ -75,7 +75,7 @@ def check(settings: Settings) -> Iterator[Row]:
     """The error of each storage on a small case: rows of `storage, status, reason, error, bound`."""
 
     def case(name: str) -> Callable[[], Any]:
-        kinds, shape = specs.STORAGES[name], settings.stored(name, settings.block)
+        kinds, shape = specs.TIMED[name], settings.stored(name, settings.block)
         return accuracy.small_case(kinds, shape, settings.implementation, settings.chip, settings.joined)
 
     cases = _together({name: functools.partial(case, name) for name in settings.storages})
@@ -166,7 +166,7 @@ def _context(names, settings, context, ceilings, say) -> Iterator[Row]:
 
 def _figures(name: str, ready: dict[str, Candidate], timed: dict[str, timing.Timed], read: float, others) -> Row:
     time_s, rate = timed[name].median, ready[name].nbytes / timed[name].median / 1e9
-    rivals_of = {n: timed[n].median / time_s for n in others if n not in specs.STORAGES or n == BASE}
+    rivals_of = {n: timed[n].median / time_s for n in others if n not in specs.TIMED or n == BASE}
     return {
         "us": 1e6 * time_s,
         "spread": timed[name].spread,
@@ -208,11 +208,11 @@ class _Program(NamedTuple):
 
 
 def _compile(name: str, s: Settings, context: int) -> _Program:
-    kinds, one = specs.STORAGES[name], _layer_bytes(name, s, context)
+    kinds, one = specs.TIMED[name], _layer_bytes(name, s, context)
     layers = s.layers or max(1, -(-device.rotation_bytes() // one))
     steps = max(layers, min(512, -(-device.call_bytes() // one)))
     shape = s.stored(name, context, layers)
-    fill = filler(kinds, shape, context, (steps - 1) % layers, s.joined)
+    fill = filler(kinds, shape, context, (steps - 1) % layers, s)
     k, v, cuts = jax.eval_shape(fill)
     api.check(k, v, s.group, s.implementation, s.chip, kinds.pre_rope)
     q = jax.ShapeDtypeStruct((s.batch, s.heads, s.group, s.channels), jnp.float32)
@@ -222,7 +222,7 @@ def _compile(name: str, s: Settings, context: int) -> _Program:
     return _Program(jax.jit(fill).lower().compile(), run.lower(q, k, v, rows, rows).compile(), shape, steps)
 
 
-def filler(kinds: specs.Storage, shape: specs.Shape, context: int, checked: int, joined: int) -> Callable[[], Any]:
+def filler(kinds: specs.Storage, shape: specs.Shape, context: int, checked: int, s: Settings) -> Callable[[], Any]:
     """What makes k, v, and for each window of `accuracy.windows` the blocks that layer `checked` is compared in.
 
     Those have heads apart, whatever k and v have: the comparison finds what joining them does wrong, too.
@@ -232,7 +232,8 @@ def filler(kinds: specs.Storage, shape: specs.Shape, context: int, checked: int,
         k, v = (contents.fill(kind, shape, seed) for seed, kind in enumerate((kinds.keys, kinds.values)))
         places = [accuracy.blocks_of(window, shape) for window in accuracy.windows(context)]
         cuts = [tuple(contents.cut(x, checked, *place) for x in (k, v)) for place in places]
-        return *heads.join_formats(k, v, joined, kinds.pre_rope), cuts
+        k, v = heads.join_formats(k, v, s.joined, kinds.pre_rope)
+        return *contents.in_runs(k, v, s.group, s.implementation, s.chip), cuts
 
     return fill
 
@@ -253,7 +254,7 @@ def _together(programs: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], 
 
 def _storage(name: str, s: Settings, context: int, program: Callable[[], _Program], row: Row) -> Candidate:
     """Fills a storage and checks the compiled loop's answer at both ends of the context."""
-    kinds = specs.STORAGES[name]
+    kinds = specs.TIMED[name]
     fill, run, shape, steps = program()
     k, v, cuts = fill()
     q = jnp.asarray(specs.query(shape, np.random.default_rng(0)))
@@ -288,7 +289,7 @@ def loop(
 @functools.cache
 def _layer_bytes(name: str, s: Settings, context: int) -> int:
     """Bytes of keys and values of a layer, from the smallest storage of the kind."""
-    rng, kinds, shape = np.random.default_rng(0), specs.STORAGES[name], s.stored(name, context)
+    rng, kinds, shape = np.random.default_rng(0), specs.TIMED[name], s.stored(name, context)
     few = dataclasses.replace(shape, batch=1, blocks=1)
     leaves = jax.tree.leaves([specs.make(kind, few, rng) for kind in (kinds.keys, kinds.values)])
     return sum(x.nbytes for x in leaves) * s.batch * shape.blocks
