@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_attention import plane_blocks
 from pallas_kernels.decode_attention.formats import Format, Partial, Planes, shape_of
 
 TOKENS = 128
@@ -18,15 +19,8 @@ TOKENS = 128
 
 def refusal(k: Format, v: Format) -> str:
     """Why the kernel does not read them, or nothing."""
-    if not (isinstance(k, Planes) and isinstance(v, Planes)):
-        return "keys and values must both be stored in float16 planes"
-    if k.limits is not None:
-        return "keys are read by `levels`; `limits` are on probabilities, for values"
-    if (k.order, v.order) != ("channels", "words"):
-        return f'keys are in order "{k.order}" and values in "{v.order}"; read are "channels" and "words"'
-    if (tokens := shape_of(k)[4]) != TOKENS:
-        return f"blocks must have {TOKENS} tokens, not {tokens}"
-    return ""
+    why, tokens = plane_blocks.refusal(k, v), shape_of(k)[4]
+    return why or ("" if tokens == TOKENS else f"blocks must have {TOKENS} tokens, not {tokens}")
 
 
 def run(k: Format) -> int:
@@ -62,8 +56,7 @@ def attend_in_part(
     splits: int | None = None,
 ) -> tuple[Partial, jax.Array]:
     """As `api.attend_in_part`; `splits` overrides how many programs share a row and head."""
-    if not k.run == v.run == 1:
-        raise ValueError(f"`run={k.run}` of `k` and {v.run} of `v` must be 1: every block has a level of its own.")
+    plane_blocks.check_runs(k, v)
     from pallas_kernels.decode_attention import gpu_planes_kernel, gpu_planes_tiles
     from pallas_kernels.decode_attention.gpu_dense import normalised
     from pallas_kernels.decode_attention.gpu_skeleton import LOG2E, merged
@@ -89,7 +82,5 @@ def attend_in_part(
     unit = gpu_planes_tiles.paired(unit, p.columns, 0.0)
     arrays = [*scalars, k.levels, rule, operand, unit, known, *planes]
     acc, top, total, read = gpu_planes_kernel.call(p, arrays)
-    start = jnp.arange(p.blocks, dtype=jnp.int32)[None] * TOKENS
-    seen = (start < last[:, None]) & (start + TOKENS > first[:, None]) & (first < last)[:, None]
     partial = merged(acc, top, total, gpu_planes_kernel.LIFT)
-    return partial, jnp.where(seen[..., None], read.swapaxes(1, 2).astype(jnp.int32), 0)
+    return partial, plane_blocks.where_seen(read.swapaxes(1, 2).astype(jnp.int32), first, last, TOKENS)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numba
@@ -19,6 +19,29 @@ BIAS = (127 - 15) << 23  # between the exponents of float16 and float32
 LEVELS = 16  # of a codebook, repeated to so many
 
 
+class At(NamedTuple):
+    """Where a block is, in compiled code.
+
+    Attributes:
+      block: its number among all `[L, B, N, K]`.
+      shared: among those that heads share, `[L, B, N]`.
+      layer, layer_head: the number of its layer `[L]`, and of its layer and head `[L, K]`.
+      heads: K, blocks from a head's to its next one.
+      own: its number within the layer, `[B, N, K]`.
+      row_head: that of its row and head, `[B, K]`.
+      count: blocks of a layer.
+    """
+
+    block: int
+    shared: int
+    layer: int
+    layer_head: int
+    heads: int
+    own: int
+    row_head: int
+    count: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Constants:
     """What stands in `meta`.
@@ -29,9 +52,7 @@ class Constants:
       levels: after them.
       slots: residuals `[slots, T]` after these.
       total: elements of `meta`.
-      prepare: `prepare(meta, buffers, at)` writes them. `at` says where the block is: its number among all `[L, B, N,
-        K]`, among those that heads share `[L, B, N]`, the number of its layer `[L]` and of its layer and head `[L, K]`;
-        K; its number within the layer `[B, N, K]`, that of its row and head `[B, K]`, and how many blocks a layer has.
+      prepare: `prepare(meta, buffers, at)` writes them.
     """
 
     per: str
@@ -131,7 +152,7 @@ def _of_affine(fmt: Affine, first: int) -> Callable:
 
     @numba.njit(**JIT)
     def prepare(meta, buffers, at):
-        block = at[1] if shared else at[0]
+        block = at.shared if shared else at.block
         for n in range(2):
             numbers = carray(pointer(address(buffers, first + n), uint16), (MANY,))
             floats(meta[n * size : (n + 1) * size], numbers[block * size : (block + 1) * size], brain)
@@ -150,15 +171,15 @@ def _of_codebook(fmt: Codebook, first: int) -> Callable:
             if per_channel:
                 fitted = floats_at(buffers, first + 1 + n)
                 for h in range(size):
-                    out[h] = fitted[at[3] * size + h]
+                    out[h] = fitted[at.layer_head * size + h]
             else:
                 numbers = carray(pointer(address(buffers, first + 1 + n), uint16), (MANY,))
-                floats(out, numbers[at[1] * size : (at[1] + 1) * size], False)
+                floats(out, numbers[at.shared * size : (at.shared + 1) * size], False)
         levels = floats_at(buffers, first)
         for j in range(LEVELS):
-            meta[2 * size + j] = levels[at[2] * count + j % count]
+            meta[2 * size + j] = levels[at.layer * count + j % count]
         if slots:
-            residuals = carray(pointer(address(buffers, first + 4), uint16), (MANY,))[at[0] * slots * T :]
+            residuals = carray(pointer(address(buffers, first + 4), uint16), (MANY,))[at.block * slots * T :]
             floats(meta[2 * size + LEVELS :], residuals[: slots * T], False)
 
     return prepare

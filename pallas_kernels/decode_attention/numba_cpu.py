@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from numba import carray, float32
 
 from pallas_kernels import packing
+from pallas_kernels.decode_attention import plane_blocks
 from pallas_kernels.decode_attention.formats import (
     Affine,
     Codebook,
@@ -36,7 +37,7 @@ from pallas_kernels.decode_attention.formats import (
     joined_heads,
     shape_of,
 )
-from pallas_kernels.decode_attention.numba_constants import arrays_of, floats_at, integers_at
+from pallas_kernels.decode_attention.numba_constants import At, arrays_of, floats_at, integers_at
 from pallas_kernels.decode_attention.numba_keys import keys
 from pallas_kernels.decode_attention.numba_planes import plane_keys, plane_values
 from pallas_kernels.decode_attention.numba_rotation import digits, leave_queries, rotation_angles, turn_queries
@@ -64,14 +65,10 @@ def check(k: Format, v: Format, group: int, chip: str, rotates: bool) -> None:
 
 def _planes_refusal(k: Format, v: Format, rotates: bool) -> str:
     """Why not, or nothing."""
-    if not (isinstance(k, Planes) and isinstance(v, Planes)):
-        return "keys and values must both be stored in float16 planes"
+    if why := plane_blocks.refusal(k, v):
+        return why
     if rotates:
         return "it does not rotate them"
-    if k.limits is not None:
-        return "keys are read by `levels`; `limits` are on probabilities, for values"
-    if (k.order, v.order) != ("channels", "words"):
-        return f'keys are in order "{k.order}" and values in "{v.order}"; read are "channels" and "words"'
     return _width_refusal(shape_of(k)[5]) or _width_refusal(shape_of(k)[4] // 8)
 
 
@@ -135,15 +132,12 @@ def attend_in_part(
     interpret: Any = False,
 ) -> tuple[Partial, jax.Array]:
     """As `api.attend_in_part`, in float32; `chip` and `interpret` are ignored."""
-    if not k.run == v.run == 1:
-        raise ValueError(f"`run={k.run}` of `k` and {v.run} of `v` must be 1: every block has a level of its own.")
-    _, _, N, _, T, _ = shape_of(k)
+    plane_blocks.check_runs(k, v)
     if v.limits is not None and v.known is None:
         v = dataclasses.replace(v, known=jnp.full(q.shape[:3], EMPTY, jnp.float32))
     partial, levels = _attend(q, k, v, layer, first, last, None)
-    start = jnp.arange(N, dtype=jnp.int32)[None] * T
-    seen = (start < last[:, None]) & (start + T > first[:, None]) & (first < last)[:, None]
-    return partial, jnp.where(seen[..., None], levels, 0)  # nothing was written for the others
+    # Nothing was written for blocks that are not seen.
+    return partial, plane_blocks.where_seen(levels, first, last, shape_of(k)[4])
 
 
 def _attend(
@@ -234,7 +228,8 @@ def _operation(k: Format, v: Format, group: int, rotates: bool) -> Callable:
                 acc[g, h], q[g, h] = 0, queries[g, h]
         for n in range(begin + blocks * s // S, begin + blocks * (s + 1) // S):
             block = (layer * B + b) * N + n
-            at = (block * K + k, block, layer, layer * K + k, K, (b * N + n) * K + k, b * K + k, B * N * K)
+            own = (b * N + n) * K + k
+            at = At(block * K + k, block, layer, layer * K + k, K, own, b * K + k, B * N * K)
             turn(q, queries, angle, b, n, count, buffers)
             prepare_keys(key_meta, buffers, at)
             score(scores, q, angles, key_meta, buffers, at)

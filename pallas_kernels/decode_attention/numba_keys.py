@@ -56,9 +56,9 @@ def _as_they_are(own: Constants, numbers: Numbers, first: int, group: int, turns
 
     @numba.njit(**JIT)
     def score(scores, q, angles, meta, buffers, at):
-        words, constant = address(buffers, first) + at[0] * nbytes, meta.ctypes.data
+        words, constant = address(buffers, first) + at.block * nbytes, meta.ctypes.data
         turning = (constant, constant + 4 * size, angles.ctypes.data)
-        multiply(scores.ctypes.data, q.ctypes.data, words, constant + 8 * size, turning, at[4] * nbytes)
+        multiply(scores.ctypes.data, q.ctypes.data, words, constant + 8 * size, turning, at.heads * nbytes)
 
     return score
 
@@ -71,7 +71,7 @@ def _per_channel(own: Constants, numbers: Numbers, first: int, group: int) -> Ca
     @numba.njit(**JIT)
     def score(scores, q, angles, meta, buffers, at):
         """`meta`, and behind it scaled queries `[groups, G, H]`, and what zeros add `[groups, G]`."""
-        words, scaled, added = address(buffers, first) + at[0] * nbytes, meta[size:], meta[size + groups * G * H :]
+        words, scaled, added = address(buffers, first) + at.block * nbytes, meta[size:], meta[size + groups * G * H :]
         for n in range(groups):
             scale, zero = meta[n * H : (n + 1) * H], meta[zeros_from + n * H : zeros_from + (n + 1) * H]
             for g in range(G):
@@ -81,7 +81,7 @@ def _per_channel(own: Constants, numbers: Numbers, first: int, group: int) -> Ca
                     total += row[h] * zero[h]
                 added[n * G + g] = total
         table = meta[2 * zeros_from :].ctypes.data
-        multiply(scores.ctypes.data, scaled.ctypes.data, words, table, (0, 0, 0), at[4] * nbytes)
+        multiply(scores.ctypes.data, scaled.ctypes.data, words, table, (0, 0, 0), at.heads * nbytes)
         for n in range(groups):
             for g in range(G):
                 for t in range(n * per_group, (n + 1) * per_group):
@@ -100,9 +100,9 @@ def _per_token(own: Constants, numbers: Numbers, first: int, group: int) -> Call
         """`meta`, and behind it scores of a group of channels `[G, T]`."""
         part, table = meta[size : size + G * T].reshape((G, T)), meta[2 * zeros_from :].ctypes.data
         for n in range(groups):
-            words = address(buffers, first) + at[0] * nbytes + itemsize * n * width
+            words = address(buffers, first) + at.block * nbytes + itemsize * n * width
             column = q.ctypes.data + 4 * n * width
-            multiply(part.ctypes.data, column, words, table, (0, 0, 0), at[4] * nbytes)
+            multiply(part.ctypes.data, column, words, table, (0, 0, 0), at.heads * nbytes)
             scale, zero = meta[n * T : (n + 1) * T], meta[zeros_from + n * T : zeros_from + (n + 1) * T]
             for g in range(G):
                 total = np.float32(0)
@@ -122,7 +122,7 @@ def _with_slots(score: Callable, own: Constants, numbers: Numbers, first: int, g
     @numba.njit(**JIT)
     def with_slots(scores, q, angles, meta, buffers, at):
         score(scores, q, angles, meta, buffers, at)
-        channels = carray(pointer(address(buffers, first + 4), uint8), (MANY,))[at[0] * slots * T :]
+        channels = carray(pointer(address(buffers, first + 4), uint8), (MANY,))[at.block * slots * T :]
         residuals = meta[residuals_from:]
         for i in range(slots * T):
             channel, residual, t = channels[i], residuals[i], i % T

@@ -29,46 +29,53 @@ LEVELS = len(BITS)
 
 def plane_keys(fmt: Planes, first: int, group: int) -> Keys:
     """As `numba_keys.keys`, in order "channels"."""
-    *_, T, H = shape_of(fmt)
-    one, two, three = (_Scores(level, T, H, group).compile() for level in range(1, LEVELS + 1))
-    sizes = tuple(T * bits // 8 * H for bits in BITS)
+    read = _by_level(_Scores, fmt, first, group)
 
     @numba.njit(**JIT)
     def score(scores, q, angles, meta, buffers, at):
-        level = integers_at(buffers, first + 3)[at[5]]
-        planes = _addresses(buffers, first, at[0], sizes)
+        level = integers_at(buffers, first + LEVELS)[at.own]
         if level == 0:
             scores[:] = 0
-        elif level == 1:
-            one(scores.ctypes.data, q.ctypes.data, planes, at[4])
-        elif level == 2:
-            two(scores.ctypes.data, q.ctypes.data, planes, at[4])
-        else:
-            three(scores.ctypes.data, q.ctypes.data, planes, at[4])
+        read(level, scores, q, buffers, at)
 
     return Keys(0, _nothing, score)
 
 
 def plane_values(fmt: Planes, first: int, group: int) -> Values:
     """As `numba_values.values`, in order "words"; the levels that are read are the fourth result of the call."""
-    *_, T, H = shape_of(fmt)
-    one, two, three = (_Sums(level, T, H, group).compile() for level in range(1, LEVELS + 1))
-    sizes, read = tuple(T * bits // 8 * H for bits in BITS), first + len(arrays_of(fmt)) + 3
-    level_of = _given(first + 3) if fmt.limits is None else _by_limits(first + 3, group)
+    read, told = _by_level(_Sums, fmt, first, group), first + len(arrays_of(fmt)) + 3
+    level_of = (_given if fmt.limits is None else _by_limits)(first + LEVELS, group)
 
     @numba.njit(**JIT)
     def add(acc, p, top, total, meta, buffers, at):
         level = level_of(p, top, total, buffers, at)
-        integers_at(buffers, read)[at[5]] = level
-        planes = _addresses(buffers, first, at[0], sizes)
-        if level == 1:
-            one(acc.ctypes.data, p.ctypes.data, planes, at[4])
-        elif level == 2:
-            two(acc.ctypes.data, p.ctypes.data, planes, at[4])
-        elif level > 2:
-            three(acc.ctypes.data, p.ctypes.data, planes, at[4])
+        integers_at(buffers, told)[at.own] = level
+        read(level, acc, p, buffers, at)
 
     return Values(0, _nothing, add)
+
+
+def _by_level(kind: "type[_Read]", fmt: Planes, first: int, group: int) -> Callable:
+    """`read(level, a, b, buffers, at)` of a block's planes, which at level 0 does nothing."""
+    *_, T, H = shape_of(fmt)
+    one, two, three = (kind(level, T, H, group).compile() for level in range(1, LEVELS + 1))
+    sizes = tuple(T * bits // 8 * H for bits in BITS)
+
+    @numba.njit(**JIT)
+    def read(level, a, b, buffers, at):
+        planes = (
+            address(buffers, first) + at.block * sizes[0],
+            address(buffers, first + 1) + at.block * sizes[1],
+            address(buffers, first + 2) + at.block * sizes[2],
+        )
+        if level == 1:
+            one(a.ctypes.data, b.ctypes.data, planes, at.heads)
+        elif level == 2:
+            two(a.ctypes.data, b.ctypes.data, planes, at.heads)
+        elif level > 2:
+            three(a.ctypes.data, b.ctypes.data, planes, at.heads)
+
+    return read
 
 
 @numba.njit(**JIT)
@@ -76,19 +83,10 @@ def _nothing(meta, buffers, at):
     """There are no scales."""
 
 
-@numba.njit(**JIT)
-def _addresses(buffers, first, block, sizes):
-    return (
-        address(buffers, first) + block * sizes[0],
-        address(buffers, first + 1) + block * sizes[1],
-        address(buffers, first + 2) + block * sizes[2],
-    )
-
-
-def _given(levels: int) -> Callable:
+def _given(levels: int, group: int) -> Callable:
     @numba.njit(**JIT)
     def level_of(p, top, total, buffers, at):
-        return integers_at(buffers, levels)[at[5]]
+        return integers_at(buffers, levels)[at.own]
 
     return level_of
 
@@ -103,7 +101,7 @@ def _by_limits(limits: int, group: int) -> Callable:
             weight = np.float32(0)
             for t in range(p.shape[1]):
                 weight = max(weight, p[g, t])
-            seen, other = top[g] + math.log(total[g]), known[at[6] * group + g]
+            seen, other = top[g] + math.log(total[g]), known[at.row_head * group + g]
             most = max(seen, other)
             log_sum = most + math.log(math.exp(seen - most) + math.exp(other - most))
             if weight > 0:
@@ -111,7 +109,7 @@ def _by_limits(limits: int, group: int) -> Callable:
         level = 0
         rule = floats_at(buffers, limits)
         for i in range(LEVELS):
-            if largest > rule[i * at[7] + at[5]]:
+            if largest > rule[i * at.count + at.own]:
                 level += 1
         return level
 
@@ -133,17 +131,37 @@ def _half(e: Emitter, level: int, planes: list, places: list[int]):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scores:
-    """`scores[g, t] = sum over h of q[g, h] * number(t, h)`, tokens on lanes."""
+class _Read:
+    """What is made of a block's planes, read to one level."""
 
     level: int
     tokens: int
     channels: int
     queries: int
 
+    def _emit(self, builder: ir.IRBuilder, a, b, first, second, third, heads) -> None:
+        raise NotImplementedError
+
     def compile(self) -> Callable:
-        """On the addresses of arrays, of planes three."""
-        return _compiled(self._emit)
+        """`function(a, b, planes, heads)` on addresses; `heads`: blocks from a head's to its next."""
+
+        @intrinsic
+        def emit(typing, a, b, first, second, third, heads):
+            def build(context, builder, signature, args):
+                self._emit(builder, *args)
+                return context.get_dummy_value()
+
+            return types.void(*[types.int64] * 6), build
+
+        @numba.njit(**JIT)
+        def function(a, b, planes, heads):
+            emit(a, b, planes[0], planes[1], planes[2], heads)
+
+        return function
+
+
+class _Scores(_Read):
+    """`scores[g, t] = sum over h of q[g, h] * number(t, h)`, tokens on lanes."""
 
     def _emit(self, builder: ir.IRBuilder, scores, q, first, second, third, heads) -> None:
         T, H = self.tokens, self.channels
@@ -181,18 +199,8 @@ class _Scores:
                     builder.store(x, e.place(e.floats, scores, 4 * (queries[g] * T + tokens[n])), align=4)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sums:
+class _Sums(_Read):
     """`acc[g, h] += sum over t of weights[g, t] * number(t, h)`, channels on lanes."""
-
-    level: int
-    tokens: int
-    channels: int
-    queries: int
-
-    def compile(self) -> Callable:
-        """On the addresses of arrays, of planes three."""
-        return _compiled(self._emit)
 
     def _emit(self, builder: ir.IRBuilder, acc, weights, first, second, third, heads) -> None:
         T, H = self.tokens, self.channels
@@ -214,21 +222,3 @@ class _Sums:
             return number
 
         emit_sums(e, H, self.queries, fields, (cells, 1), read, acc, weights)
-
-
-def _compiled(write: Callable) -> Callable:
-    """`function(a, b, planes, heads)` on addresses, as `write` writes it; `heads`: blocks from a head's to its next."""
-
-    @intrinsic
-    def emit(typing, a, b, first, second, third, heads):
-        def build(context, builder, signature, args):
-            write(builder, *args)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 6), build
-
-    @numba.njit(**JIT)
-    def function(a, b, planes, heads):
-        emit(a, b, planes[0], planes[1], planes[2], heads)
-
-    return function

@@ -48,7 +48,7 @@ def values(fmt: Format, first: int, group: int) -> Values:
     @numba.njit(**JIT)
     def add(acc, p, top, total, meta, buffers, at):
         """`meta`, and behind it weights, and what zeros add."""
-        words, ahead = address(buffers, first) + at[0] * nbytes, at[4] * nbytes
+        words, ahead = address(buffers, first) + at.block * nbytes, at.heads * nbytes
         table, weights, zeros = meta[levels_from:].ctypes.data, meta[size : size + G * T], meta[size + G * T :]
         if not groups:
             for g in range(G):
@@ -57,15 +57,15 @@ def values(fmt: Format, first: int, group: int) -> Values:
         for n in range(groups):
             scale, zero = meta[n * T : (n + 1) * T], meta[zeros_from + n * T : zeros_from + (n + 1) * T]
             for g in range(G):
-                row, out, total = p[g], weights[g * T : (g + 1) * T], np.float32(0)
+                row, out, shift = p[g], weights[g * T : (g + 1) * T], np.float32(0)
                 for t in range(T):
                     out[t] = row[t] * scale[t]
-                    total += row[t] * zero[t]
-                zeros[g] = total
+                    shift += row[t] * zero[t]
+                zeros[g] = shift
             column = 4 * n * width
             sums(acc.ctypes.data + column, words + column, weights.ctypes.data, zeros.ctypes.data, table, ahead)
         if slots:
-            channels = carray(pointer(address(buffers, first + 4), uint8), (MANY,))[at[0] * slots * T :]
+            channels = carray(pointer(address(buffers, first + 4), uint8), (MANY,))[at.block * slots * T :]
             residuals = meta[residuals_from:]
             for i in range(slots * T):
                 for g in range(G):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import packing
 from pallas_kernels.decode_attention.formats import Affine, Dense, Format, Partial, Planes, Rotation, shape_of
+from pallas_kernels.decode_attention.plane_blocks import where_seen
 
 EMPTY = -1e30  # finite: a row that sees nothing has this maximum, and no NaN arises
 
@@ -30,10 +31,7 @@ def attend_in_part(
     """As `api.attend_in_part`."""
     partial, read = _attend(q, k, v, layer, first, last, None)
     assert isinstance(read, Planes)
-    size = shape_of(k)[4] * v.run
-    start = jnp.arange(read.levels.shape[1], dtype=jnp.int32)[None] * size
-    seen = (start < last[:, None]) & (start + size > first[:, None]) & (first < last)[:, None]
-    return partial, jnp.where(seen[..., None], read.levels, 0)
+    return partial, where_seen(read.levels, first, last, shape_of(k)[4] * v.run)
 
 
 def _attend(

@@ -155,6 +155,15 @@ def test_subnormal_float16_count(storage):
     assert error < 5e-5
 
 
+@newest
+def test_float16_on_machines_that_do_not_convert_it(monkeypatch):
+    monkeypatch.setattr(numba_vectors.llvmlite.binding, "get_host_cpu_features", dict)
+    assert numba_vectors.lanes() == 4
+    numba_cpu._operation.cache_clear()
+    test_subnormal_float16_count("f16")
+    numba_cpu._operation.cache_clear()
+
+
 def test_temporaries_do_not_grow_with_the_context():
     def temporaries(blocks):
         shape, kinds = specs.Shape(2, 1, blocks, 2, 4, 128), specs.STORAGES["kvquant4-dense"]
